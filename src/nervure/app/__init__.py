@@ -1,0 +1,1 @@
+"""Floor 8: run, compare, find and export as functions."""

@@ -1,0 +1,1 @@
+"""Floor 2: the index of cards and its search."""

@@ -1,0 +1,1 @@
+"""Pruning and other ways to make a network smaller."""

@@ -1,0 +1,183 @@
+"""The narrow protocols of the families, and the context a claim receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from nervure._kit import BadBudget
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    Tensor = torch.Tensor
+else:
+    Tensor = Any
+
+Batch = tuple[Any, Any]
+"""One batch: (inputs, targets). Inputs are a tensor, a tuple of tensors or a dict of tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Say how small the result must be and how much may be spent on the way.
+
+    Args:
+        target: The share that remains, in (0, 1].
+        steps: Optimizer steps in total, pruning rounds included, at least 0.
+        metric: What `target` counts.
+        calibration: How many batches scores may look at, at least 1.
+
+    Raises:
+        BadBudget: If a number is outside its range.
+
+    Example:
+        >>> Budget(target=0.05, steps=800).metric
+        'density'
+    """
+
+    target: float
+    steps: int = 0
+    metric: Literal["density", "params", "macs", "bytes", "ms"] = "density"
+    calibration: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.target <= 1:
+            raise BadBudget(
+                "the target is not a share",
+                expected="a number above 0, at most 1",
+                found=self.target,
+                try_="0.05 for 5%",
+            )
+        if self.steps < 0 or self.calibration < 1:
+            raise BadBudget(
+                "the budget is negative",
+                expected="steps >= 0 and calibration >= 1",
+                found=f"steps={self.steps}, calibration={self.calibration}",
+            )
+
+
+class Data(Protocol):
+    """Give arrays of one data set, split once: training, validation and test."""
+
+    name: str
+    classes: int
+    train_x: Tensor
+    train_y: Tensor
+    validation_x: Tensor
+    validation_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+
+
+class Task(Protocol):
+    """Give a pruner what it may see: calibration batches, the loss, and a way to train."""
+
+    def batches(self, count: int) -> Sequence[Batch]:
+        """Return `count` calibration batches, the same ones at every call."""
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Return the mean training loss of one batch."""
+
+    def train(
+        self, model: nn.Module, *, steps: int, parameters: Iterable[nn.Parameter] | None = None, part: int = 0
+    ) -> None:
+        """Train in place for `steps` optimizer steps; learning-rate schedule and optimizer start anew."""
+
+
+@runtime_checkable
+class Compressed(Protocol):
+    """Hold a compressed copy of a network."""
+
+    model: nn.Module
+
+    def report(self) -> Mapping[str, float]:
+        """Recount what is left: density, parameters, nonzeros, MACs."""
+
+
+@runtime_checkable
+class Pruner(Protocol):
+    """Make a network smaller. The model passed in is left as it was."""
+
+    def fit(self, model: nn.Module, task: Task, budget: Budget, *, seed: int) -> Compressed:
+        """Return a compressed copy within the budget."""
+
+
+@runtime_checkable
+class ContinualLearner(Protocol):
+    """Protect old tasks while the user's own loop learns new ones."""
+
+    def penalty(self) -> Tensor:
+        """Return what is added to the loss of the present task."""
+
+    def end_task(self, batches: Iterable[Batch]) -> None:
+        """Remember the task just learnt."""
+
+
+@runtime_checkable
+class TrainingRule(Protocol):
+    """Fill gradients and step by another rule than back-propagation through the whole network."""
+
+    def step(self, batch: Batch) -> Mapping[str, float]:
+        """Learn from one batch."""
+
+    def predict(self, x: Any) -> Tensor:
+        """Return the outputs by the rule's own way of predicting."""
+
+
+@runtime_checkable
+class Searcher(Protocol):
+    """Propose configurations and learn from their scores."""
+
+    def ask(self) -> Mapping[str, float]:
+        """Return the next configuration to try."""
+
+    def tell(self, config: Mapping[str, float], score: float) -> None:
+        """Take the score of a configuration; higher is better."""
+
+
+class Ctx(Protocol):
+    """Give a claim everything it may use, for one seed. The same seed gives every arm the same data and start."""
+
+    seed: int
+    quick: bool
+
+    def data(self, name: str, *, train: int | None = None, test: int | None = None, validation: int = 0) -> Data:
+        """Return a data set, its splits drawn by this seed."""
+
+    def model(self, name: str, **options: Any) -> nn.Module:
+        """Build a zoo model, its weights drawn by this seed."""
+
+    def generator(self, *tags: object) -> torch.Generator:
+        """Return a CPU generator that depends on (claim, seed, tags) only."""
+
+    def seed_for(self, *tags: object) -> int:
+        """Return an integer seed that depends on (claim, seed, tags) only."""
+
+    def train(
+        self,
+        model: nn.Module,
+        data: Data,
+        *,
+        steps: int,
+        batch_size: int = 64,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        loss: Callable[[Any, Any], Tensor] | None = None,
+        after_step: Callable[[int], None] | None = None,
+        order: object = "order",
+    ) -> nn.Module:
+        """Train in place for `steps` optimizer steps; batches depend on (seed, order) only."""
+
+    def accuracy(self, model: nn.Module, x: Tensor, y: Tensor) -> float:
+        """Return the share of right answers, in eval mode."""
+
+    def measure(self, arm: str, *, step: float | None = None, **metrics: float) -> None:
+        """Record numbers of an arm; with `step`, a point of a curve."""
+
+    def progress(self, done: float, total: float, what: str = "") -> None:
+        """Say how far this job is."""
+
+    def scaled(self, full: Any, quick: Any) -> Any:
+        """Return `full`, or `quick` when the run is a rehearsal."""

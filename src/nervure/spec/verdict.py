@@ -1,0 +1,105 @@
+"""The verdict: a view over Records, never stored as truth."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nervure.spec.claim import Check
+
+
+class Outcome(enum.StrEnum):
+    """Say what a check or a claim came to."""
+
+    HOLDS = "holds"
+    DOES_NOT_HOLD = "does not hold"
+    INCONCLUSIVE = "inconclusive"
+    VOID = "void"
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0 for *holds*, 1 for everything that was not shown to hold."""
+        return 0 if self is Outcome.HOLDS else 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckResult:
+    """Hold one check's paired interval.
+
+    Args:
+        check: The check.
+        outcome: What it came to.
+        n: Number of seeds that gave a difference.
+        mean: Mean paired difference, signed so that positive speaks for the method.
+        low: Lower end of the 95% interval.
+        high: Upper end of the 95% interval.
+        differences: The paired differences by seed.
+        reason: Why it is inconclusive, where that is not the interval alone.
+    """
+
+    check: Check
+    outcome: Outcome
+    n: int
+    mean: float
+    low: float
+    high: float
+    differences: Mapping[int, float] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Hold the verdict on one claim.
+
+    Args:
+        claim_id: ``card-id/claim-name``.
+        statement: What was claimed.
+        outcome: The joint outcome: all checks must hold; a passing sabotage voids the claim.
+        checks: The checks' results.
+        sabotage: For each sabotaged arm, the outcome with it in the method's place.
+        seeds: The seeds used.
+        quick: Whether the run was scaled down, so that the verdict is only a rehearsal.
+        notes: Sentences a reader must know: failed seeds, scaled-down budgets.
+    """
+
+    claim_id: str
+    statement: str
+    outcome: Outcome
+    checks: tuple[CheckResult, ...]
+    sabotage: Mapping[str, Outcome] = field(default_factory=dict)
+    seeds: tuple[int, ...] = ()
+    quick: bool = False
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON-ready values."""
+        return {
+            "claim": self.claim_id,
+            "statement": self.statement,
+            "outcome": str(self.outcome),
+            "quick": self.quick,
+            "seeds": list(self.seeds),
+            "sabotage": {arm: str(outcome) for arm, outcome in self.sabotage.items()},
+            "notes": list(self.notes),
+            "checks": [
+                {
+                    "name": result.check.name,
+                    "method": result.check.method,
+                    "control": result.check.control,
+                    "metric": result.check.metric,
+                    "better": result.check.better,
+                    "rule": result.check.rule,
+                    "margin": result.check.margin,
+                    "outcome": str(result.outcome),
+                    "n": result.n,
+                    "mean": result.mean,
+                    "low": result.low,
+                    "high": result.high,
+                    "differences": {str(seed): value for seed, value in result.differences.items()},
+                    "reason": result.reason,
+                }
+                for result in self.checks
+            ],
+        }

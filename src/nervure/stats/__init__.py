@@ -1,0 +1,1 @@
+"""Floor 2: paired intervals and the verdict rule."""

@@ -1,0 +1,1 @@
+"""The contracts and saboteurs, shipped for plugins."""
