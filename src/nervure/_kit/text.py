@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -44,11 +45,8 @@ def bytes_text(count: float) -> str:
     """
     if abs(count) < 1000:
         return f"{count:.0f} B"
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if abs(count) < 1000:
-            break
-    return f"{count:.1f} {unit}"
+    power = min(3, int(math.log10(abs(count))) // 3)
+    return f"{count / 1000**power:.1f} {('kB', 'MB', 'GB')[power - 1]}"
 
 
 def did_you_mean(word: str, known: Iterable[str], *, most: int = 3) -> list[str]:
