@@ -1,1 +1,5 @@
 """Initialisers."""
+
+from nervure.catalogue import exports
+
+__getattr__, __dir__ = exports("init")

@@ -1,1 +1,5 @@
 """Diagnostics of networks."""
+
+from nervure.catalogue import exports
+
+__getattr__, __dir__ = exports("inspect")

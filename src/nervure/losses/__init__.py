@@ -1,1 +1,5 @@
 """Loss functions."""
+
+from nervure.catalogue import exports
+
+__getattr__, __dir__ = exports("losses")

@@ -1,1 +1,5 @@
 """Optimizers."""
+
+from nervure.catalogue import exports
+
+__getattr__, __dir__ = exports("optim")

@@ -45,6 +45,7 @@ class Card:
         needs: What the method needs from its user, such as ``"data"``, ``"labels"``, ``"grad"``.
         deviations: How nervure's method differs from the paper, one sentence each.
         verified: What the method was tested against, one sentence each.
+        entrants: Names in ``compare`` -> the public name that enters under it.
         tunes: Ranges of the method's own hyper-parameters, (low, high); never a shared one.
 
     Raises:
@@ -65,6 +66,7 @@ class Card:
     needs: tuple[str, ...] = ()
     deviations: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
+    entrants: dict[str, str] = dataclasses.field(default_factory=dict)
     tunes: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:

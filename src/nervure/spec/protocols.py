@@ -147,8 +147,8 @@ class Ctx(Protocol):
     def data(self, name: str, *, train: int | None = None, test: int | None = None, validation: int = 0) -> Data:
         """Return a data set, its splits drawn by this seed."""
 
-    def model(self, name: str, **options: Any) -> nn.Module:
-        """Build a zoo model, its weights drawn by this seed."""
+    def model(self, name: str, *, data: Data | None = None, **options: Any) -> nn.Module:
+        """Build a zoo model, its weights drawn by this seed; with `data`, sized to fit it."""
 
     def generator(self, *tags: object) -> torch.Generator:
         """Return a CPU generator that depends on (claim, seed, tags) only."""
@@ -165,16 +165,19 @@ class Ctx(Protocol):
         batch_size: int = 64,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
-        after_step: Callable[[int], None] | None = None,
+        hooks: Iterable[object] = (),
         order: object = "order",
     ) -> nn.Module:
-        """Train in place for `steps` optimizer steps; batches depend on (seed, order) only."""
+        """Train in place for `steps` optimizer steps (Adam, 1.2e-3); batches depend on (seed, order) only."""
 
     def accuracy(self, model: nn.Module, x: Tensor, y: Tensor) -> float:
         """Return the share of right answers, in eval mode."""
 
     def measure(self, arm: str, *, step: float | None = None, **metrics: float) -> None:
         """Record numbers of an arm; with `step`, a point of a curve."""
+
+    def plan(self, steps: int) -> None:
+        """Say how many training steps this job takes in all; `train` then reports progress by itself."""
 
     def progress(self, done: float, total: float, what: str = "") -> None:
         """Say how far this job is."""
