@@ -10,13 +10,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 PACKAGES = frozenset(
-    "adapt app arena catalogue compress core data init inspect kernels learn losses nn optim "
-    "report run search spec stats store testing zoo".split()
+    ["adapt", "app", "arena", "catalogue", "compress", "core", "data", "init", "inspect", "kernels", "learn"]
+    + ["losses", "nn", "optim", "report", "run", "search", "spec", "stats", "store", "testing", "zoo"]
 )
 
 
 def __getattr__(name: str) -> Any:
-    """Import a package of nervure on its first use: ``nervure.compress.LotteryTicket``."""
+    """Import a package of nervure on its first use.
+
+    Raises:
+        AttributeError: If there is no such package.
+    """
     if name in PACKAGES:
         return importlib.import_module(f"nervure.{name}")
     raise AttributeError(f"module 'nervure' has no attribute {name!r}")

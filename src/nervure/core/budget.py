@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any
 
@@ -22,6 +23,7 @@ class Meter:
 
     Args:
         *models: Models whose passes are counted.
+        track_saved: Whether to count saved bytes, which costs time at every operation.
 
     Example:
         >>> model = nn.Linear(4, 2)
@@ -31,8 +33,8 @@ class Meter:
         (1, 1, 0, 48)
     """
 
-    def __init__(self, *models: nn.Module) -> None:
-        self.models = models
+    def __init__(self, *models: nn.Module, track_saved: bool = True) -> None:
+        self.models, self.track_saved = models, track_saved
         self.forwards = self.backwards = self.steps = 0
         self.seconds = self.cpu_seconds = 0.0
         self.saved_bytes = self.peak_saved_bytes = 0
@@ -42,7 +44,11 @@ class Meter:
         parameters = {p.untyped_storage().data_ptr() for model in self.models for p in model.parameters()}
         self._handles = [model.register_forward_hook(self._forward) for model in self.models]
         self._handles.append(register_optimizer_step_post_hook(self._step))
-        self._saved = torch.autograd.graph.saved_tensors_hooks(lambda t: _Saved(t, self, parameters), _Saved.unpack)
+        self._saved: AbstractContextManager[Any] = nullcontext()
+        if self.track_saved:
+            self._saved = torch.autograd.graph.saved_tensors_hooks(
+                lambda tensor: _Saved(tensor, self, parameters), _Saved.unpack
+            )
         self._saved.__enter__()
         self._start = time.perf_counter(), time.process_time()
         return self
@@ -80,7 +86,7 @@ class Meter:
             "steps": self.steps,
             "seconds": self.seconds,
             "cpu_seconds": self.cpu_seconds,
-            "peak_saved_bytes": self.peak_saved_bytes,
+            **({"peak_saved_bytes": self.peak_saved_bytes} if self.track_saved else {}),
         }
 
 

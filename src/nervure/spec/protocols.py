@@ -62,14 +62,40 @@ class Budget:
 class Data(Protocol):
     """Give arrays of one data set, split once: training, validation and test."""
 
-    name: str
-    classes: int
-    train_x: Tensor
-    train_y: Tensor
-    validation_x: Tensor
-    validation_y: Tensor
-    test_x: Tensor
-    test_y: Tensor
+    @property
+    def name(self) -> str:
+        """Return the data set's name."""
+
+    @property
+    def classes(self) -> int:
+        """Return the number of classes."""
+
+    @property
+    def train_x(self) -> Tensor:
+        """Return the training inputs, shape (N, ...)."""
+
+    @property
+    def train_y(self) -> Tensor:
+        """Return the training labels, shape (N,)."""
+
+    @property
+    def validation_x(self) -> Tensor:
+        """Return the validation inputs."""
+
+    @property
+    def validation_y(self) -> Tensor:
+        """Return the validation labels."""
+
+    @property
+    def test_x(self) -> Tensor:
+        """Return the test inputs."""
+
+    @property
+    def test_y(self) -> Tensor:
+        """Return the test labels."""
+
+    def flat(self) -> Data:
+        """Return the same data with every sample as one vector."""
 
 
 class Task(Protocol):

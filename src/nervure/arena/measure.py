@@ -1,0 +1,107 @@
+"""Do a job: run a claim for one seed, or one entrant of an arena on one case."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from nervure._kit import UnknownId, UsageError
+from nervure.arena.context import Context
+from nervure.catalogue import get
+from nervure.core import Meter
+from nervure.spec import Claim, Job, Measurement, claims_of
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass
+class Measured:
+    """Collect what a job measured, also when it fails half-way.
+
+    Args:
+        measurements: The numbers so far.
+        cost: What was spent.
+        warnings: Sentences a reader must know.
+    """
+
+    measurements: list[Measurement] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def find_claim(claim_id: str) -> Claim:
+    """Return a claim by ``card/claim``, or a card's first claim by ``card`` alone.
+
+    Args:
+        claim_id: The id.
+
+    Returns:
+        The claim.
+
+    Raises:
+        UnknownId: If the card has no such claim.
+        UsageError: If the card has no claim at all.
+    """
+    card_id, _, name = claim_id.partition("/")
+    entry = get(card_id)
+    module = entry.load()
+    claims = claims_of(module, module.CARD)
+    if not claims:
+        raise UsageError(f"{card_id} has no claim to run", try_=f"nervure show {card_id}")
+    for candidate in claims:
+        if not name or candidate.name == name:
+            return candidate
+    raise UnknownId(f"{card_id} has no claim {name!r}", expected=" or ".join(found.name for found in claims))
+
+
+def measure(job: Job, progress: Progress, into: Measured | None = None) -> Measured:
+    """Run a job in this process.
+
+    Args:
+        job: The job; its target is ``claim:...`` or ``arena:...``.
+        progress: Called with (share done, text).
+        into: Filled as the job goes, so that a failure keeps what was measured before it.
+
+    Returns:
+        What was measured.
+
+    Raises:
+        UsageError: If the target is of no known kind.
+    """
+    result = into if into is not None else Measured()
+    kind, _, name = job.target.partition(":")
+    if kind == "claim":
+        _measure_claim(job, find_claim(name), progress, result)
+    elif kind == "arena":
+        arena = importlib.import_module(f"nervure.arena.{name}")
+        arena.measure(job, progress, result)
+    else:
+        raise UsageError("the job has no known target", expected="claim:... or arena:...", found=job.target)
+    return result
+
+
+def _measure_claim(job: Job, claim: Claim, progress: Progress, result: Measured) -> None:
+    options: Mapping[str, object] = job.params
+    context = Context(
+        claim.id,
+        job.seed,
+        quick=bool(options.get("quick", False)),
+        data=_text(options.get("data")),
+        fallback=_text(options.get("fallback")),
+        seconds=job.budget.get("seconds"),
+        progress=progress,
+    )
+    result.measurements, result.warnings = context.measurements, context.warnings
+    with Meter(track_saved=False) as meter:
+        try:
+            claim.measure(context)
+        finally:
+            result.cost.update(meter.cost())
+            torch.set_grad_enabled(True)
+
+
+def _text(value: object) -> str | None:
+    return str(value) if value is not None else None
