@@ -10,8 +10,30 @@ from typing import Any
 
 __version__ = "0.1.0"
 PACKAGES = frozenset(
-    ["adapt", "app", "arena", "catalogue", "compress", "core", "data", "init", "inspect", "kernels", "learn"]
-    + ["losses", "nn", "optim", "report", "run", "search", "spec", "stats", "store", "testing", "zoo"]
+    {
+        "adapt",
+        "app",
+        "arena",
+        "catalogue",
+        "compress",
+        "core",
+        "data",
+        "init",
+        "inspect",
+        "kernels",
+        "learn",
+        "losses",
+        "nn",
+        "optim",
+        "report",
+        "run",
+        "search",
+        "spec",
+        "stats",
+        "store",
+        "testing",
+        "zoo",
+    }
 )
 
 

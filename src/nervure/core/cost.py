@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -104,9 +105,10 @@ def _slow_attention() -> Iterator[None]:
 def _physical_macs(model: nn.Module, inputs: Any) -> int:
     """Count operators as they run, fused recurrent kernels switched off because the counter cannot see into them."""
     counter = FlopCounterMode(display=False)
-    unfused = torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False)
-    with forward.mode(model, train=False), torch.no_grad(), _slow_attention(), unfused[0], unfused[1], counter:
-        forward.call(model, inputs)
+    with forward.mode(model, train=False), torch.no_grad(), _slow_attention(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # said by the switch itself
+        with torch.backends.mkldnn.flags(enabled=False), torch.backends.cudnn.flags(enabled=False), counter:
+            forward.call(model, inputs)
     return int(counter.get_total_flops()) // 2
 
 

@@ -171,12 +171,13 @@ def _watch(parameter: nn.Parameter, module: nn.Module, attribute: str) -> None:
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            known = _masked.get(id(parameter))
-            if known is None or known[0]() is not parameter:
+            reference, where, attribute = _masked.get(id(parameter), (None, None, ""))
+            held = reference() if reference is not None else None
+            module = where() if where is not None else None
+            if held is None or held is not parameter or module is None:
                 continue  # never masked, or another parameter that took a freed one's place in memory
-            module = known[1]()
-            if module is not None and known[2] + MASK in module._buffers:
-                _put_back(parameter, module, known[2])
+            if attribute + MASK in module._buffers:
+                _put_back(held, module, attribute)
 
 
 class _Enforcer:
