@@ -70,9 +70,9 @@ class Context:
             # The fallback is smaller than what was asked for: the default parts of it are taken.
             return load(self._fallback, seed=self.seed, validation=min(validation, 200))
 
-    def model(self, name: str, *, data: Any = None, **options: Any) -> nn.Module:
+    def model(self, name: str, *, data: Any = None, draw: str = "first", **options: Any) -> nn.Module:
         """Build a zoo model, its weights drawn by this seed; see `nervure.spec.Ctx`."""
-        seed = self.seed_for("model", name)
+        seed = self.seed_for("model", name, draw)
         if data is not None:
             return zoo.build(name, shape=tuple(data.train_x.shape[1:]), classes=data.classes, seed=seed)
         return zoo.case(name).model(seed=seed, **options)
@@ -94,6 +94,7 @@ class Context:
         batch_size: int = 64,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
+        schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         hooks: Iterable[object] = (),
         order: object = "order",
     ) -> nn.Module:
@@ -106,6 +107,7 @@ class Context:
             (data.train_x, data.train_y),
             loss=loss,
             batch_size=batch_size,
+            schedule=schedule(made) if schedule else None,
             hooks=[*hooks, _Tick(self)],
             seed=self.seed_for(order),
         )

@@ -6,8 +6,6 @@ import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
-
 from nervure._kit import UnknownId, UsageError
 from nervure.arena.context import Context
 from nervure.catalogue import get
@@ -95,12 +93,12 @@ def _measure_claim(job: Job, claim: Claim, progress: Progress, result: Measured)
         progress=progress,
     )
     result.measurements, result.warnings = context.measurements, context.warnings
-    with Meter(track_saved=False) as meter:
-        try:
+    meter = Meter(track_saved=False)
+    try:
+        with meter:
             claim.measure(context)
-        finally:
-            result.cost.update(meter.cost())
-            torch.set_grad_enabled(True)
+    finally:
+        result.cost.update(meter.cost())
 
 
 def _text(value: object) -> str | None:

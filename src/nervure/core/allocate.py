@@ -6,9 +6,10 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nervure._kit import BadData
+from nervure.core import modules
 
 
 def drop_smallest(scores: Tensor, mask: Tensor, count: int) -> Tensor:
@@ -77,6 +78,34 @@ def layerwise(
     }
 
 
+def halved_head(sizes: Mapping[str, int], *, rate: float, rounds: int, head: str | None) -> dict[str, float]:
+    """Return the share each layer keeps after rounds at one rate, the output layer at half of it.
+
+    Args:
+        sizes: Name -> number of weights.
+        rate: Share of the survivors dropped a round, in [0, 1].
+        rounds: Number of rounds, at least 1.
+        head: Name of the output layer's weight, or None.
+
+    Returns:
+        Name -> (1 - rate)^rounds, and (1 - rate / 2)^rounds for the head.
+    """
+    return {name: (1 - (rate / 2 if name == head else rate)) ** rounds for name in sizes}
+
+
+def total_density(sizes: Mapping[str, int], shares: Mapping[str, float]) -> float:
+    """Return the share of all weights that layer-wise shares keep.
+
+    Args:
+        sizes: Name -> number of weights.
+        shares: Name -> share the layer keeps.
+
+    Returns:
+        A number in [0, 1].
+    """
+    return sum(shares[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+
 def uniform_densities(sizes: Mapping[str, int], *, density: float, head: str | None, rounds: int) -> dict[str, float]:
     """Share a total density over layers so that all lose one rate a round, the output layer half of it.
 
@@ -97,18 +126,28 @@ def uniform_densities(sizes: Mapping[str, int], *, density: float, head: str | N
         110
     """
     total = sum(sizes.values())
-
-    def shares(rate: float) -> dict[str, float]:
-        return {name: (1 - (rate / 2 if name == head else rate)) ** rounds for name in sizes}
-
     low, high = 0.0, 1.0
     while high - low > 1e-12:
         middle = (low + high) / 2
-        kept = sum(share * sizes[name] for name, share in shares(middle).items())
+        kept = total * total_density(sizes, halved_head(sizes, rate=middle, rounds=rounds, head=head))
         low, high = (middle, high) if kept > density * total else (low, middle)
-    found = shares((low + high) / 2)
+    found = halved_head(sizes, rate=(low + high) / 2, rounds=rounds, head=head)
     # A head too large to reach the total at half rate: everything is shared alike.
-    reached = sum(share * sizes[name] for name, share in found.items())
-    if not math.isclose(reached, density * total, rel_tol=1e-6):
+    if not math.isclose(total_density(sizes, found), density, rel_tol=1e-6):
         return dict.fromkeys(sizes, density)
     return found
+
+
+def density_after(model: nn.Module, *, rate: float, rounds: int) -> float:
+    """Return a model's density after layer-wise rounds at one rate, its output layer at half of it.
+
+    Args:
+        model: The model.
+        rate: Share of the survivors dropped a round, in (0, 1).
+        rounds: Number of rounds, at least 1.
+
+    Returns:
+        A number in (0, 1).
+    """
+    sizes = {name: weight.numel() for name, weight in modules.weights(model).items()}
+    return total_density(sizes, halved_head(sizes, rate=rate, rounds=rounds, head=modules.output_head(model)))

@@ -101,14 +101,14 @@ class Data(Protocol):
 class Task(Protocol):
     """Give a pruner what it may see: calibration batches, the loss, and a way to train."""
 
-    def batches(self, count: int) -> Sequence[Batch]:
+    def batches(self, count: int) -> Sequence[Any]:
         """Return `count` calibration batches, the same ones at every call."""
 
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean training loss of one batch."""
 
     def train(
-        self, model: nn.Module, *, steps: int, parameters: Iterable[nn.Parameter] | None = None, part: int = 0
+        self, model: nn.Module, *, steps: int, part: int = 0, after_step: Callable[[int], None] | None = None
     ) -> None:
         """Train in place for `steps` optimizer steps; learning-rate schedule and optimizer start anew."""
 
@@ -173,8 +173,8 @@ class Ctx(Protocol):
     def data(self, name: str, *, train: int | None = None, test: int | None = None, validation: int = 0) -> Data:
         """Return a data set, its splits drawn by this seed."""
 
-    def model(self, name: str, *, data: Data | None = None, **options: Any) -> nn.Module:
-        """Build a zoo model, its weights drawn by this seed; with `data`, sized to fit it."""
+    def model(self, name: str, *, data: Data | None = None, draw: str = "first", **options: Any) -> nn.Module:
+        """Build a zoo model, weights drawn by (seed, draw); sized to fit `data`, or by the model's own options."""
 
     def generator(self, *tags: object) -> torch.Generator:
         """Return a CPU generator that depends on (claim, seed, tags) only."""
@@ -191,6 +191,7 @@ class Ctx(Protocol):
         batch_size: int = 64,
         optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         loss: Callable[[Any, Any], Tensor] | None = None,
+        schedule: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler] | None = None,
         hooks: Iterable[object] = (),
         order: object = "order",
     ) -> nn.Module:
