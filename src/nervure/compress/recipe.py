@@ -19,7 +19,7 @@ from nervure.core.cost import cost
 from nervure.spec import Budget, Ctx, Data, Task
 
 Scorer = Callable[[nn.Module, Task, Mapping[str, nn.Parameter], Budget, int], Mapping[str, Tensor]]
-Finish = Callable[[nn.Module, Task, Budget], None]
+Finish = Callable[[nn.Module], object]
 
 
 def magnitude(
@@ -182,7 +182,7 @@ class Recipe:
             self._prune(model, task, budget, seed, budget.target ** (index / count), index, count, start)
             result.rounds.append(masks.density(masks.read(model)))
         if self.finish is not None:
-            self.finish(model, task, budget)
+            self.finish(model)
         task.train(model, steps=budget.steps)
         return Pruned(model, masks.read(model), result.rounds, budget.steps)
 
