@@ -67,11 +67,12 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def build_model(spec: str) -> nn.Module:
+def build_model(spec: str, **options: Any) -> nn.Module:
     """Build the user's model.
 
     Args:
-        spec: As in `load_factory`; the factory takes no argument, or the name is a module already.
+        spec: As in `load_factory`; the name may also be a module already.
+        **options: Passed to the factory; none by default.
 
     Returns:
         The model.
@@ -81,7 +82,7 @@ def build_model(spec: str) -> nn.Module:
     """
     factory = load_factory(spec)
     try:
-        model = factory if isinstance(factory, nn.Module) else factory()
+        model = factory if isinstance(factory, nn.Module) else factory(**options)
     except Exception as error:
         raise BadModel(
             f"the factory {spec} raised", found=f"{type(error).__name__}: {error}", try_="calling it by hand"

@@ -167,7 +167,19 @@ def case(name: str) -> Case:
     return _CASES[name]
 
 
-def build(name: str, *, shape: tuple[int, ...], classes: int, seed: int = 0) -> nn.Module:
+# Option that sets a model's hidden width, and its default: what a smaller dense network of the same kind changes.
+_WIDTHS: dict[str, dict[str, Any]] = {
+    "mlp": {"hidden": (64, 32)},
+    "lenet-300-100": {"hidden": (300, 100)},
+    "deep-conv": {"width": 8},
+    "residual-conv": {"widths": (8, 16)},
+    "u-net": {"width": 6},
+    "lstm": {"width": 12},
+    "gru": {"width": 12},
+}
+
+
+def build(name: str, *, shape: tuple[int, ...], classes: int, seed: int = 0, scale: float = 1.0) -> nn.Module:
     """Build a zoo model to fit a data set.
 
     Args:
@@ -175,21 +187,30 @@ def build(name: str, *, shape: tuple[int, ...], classes: int, seed: int = 0) -> 
         shape: Shape of one sample.
         classes: Number of classes.
         seed: Draws the weights.
+        scale: Factor of all hidden widths, above 0.
 
     Returns:
         The model.
 
     Raises:
-        UsageError: If the model cannot take samples of that shape.
+        UsageError: If the model cannot take samples of that shape, or has no width to scale.
     """
     entry = case(name)
     options = _fit(entry, shape)
     if options is None:
         raise UsageError(f"the zoo model {name} cannot take samples of shape {shape}", try_="mlp, or your own --model")
+    if scale != 1.0:
+        if name not in _WIDTHS:
+            raise UsageError(f"the width of the zoo model {name} cannot be scaled", expected=f"one of {[*_WIDTHS]}")
+        options = {**options, **{key: _scaled(value, scale) for key, value in _WIDTHS[name].items()}}
     return entry.model(seed=seed, classes=classes, **options)
 
 
-def _fit(entry: Case, shape: tuple[int, ...]) -> dict[str, int] | None:
+def _scaled(width: Any, scale: float) -> Any:
+    return max(1, round(width * scale)) if isinstance(width, int) else tuple(_scaled(one, scale) for one in width)
+
+
+def _fit(entry: Case, shape: tuple[int, ...]) -> dict[str, Any] | None:
     """Return the size options that make a model take samples of the shape, or None."""
     if entry.name in ("mlp", "lenet-300-100") or (entry.name in ("raw-parameter", "twice-used") and len(shape) == 1):
         return {"features": math.prod(shape)}

@@ -52,13 +52,14 @@ class LeNet300(nn.Module):
     Args:
         features: Inputs per sample after flattening.
         classes: Number of outputs.
+        hidden: Widths of the two hidden layers.
     """
 
-    def __init__(self, features: int = 784, classes: int = 10) -> None:
+    def __init__(self, features: int = 784, classes: int = 10, *, hidden: tuple[int, int] = (300, 100)) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(features, 300)
-        self.fc2 = nn.Linear(300, 100)
-        self.head = nn.Linear(100, classes)
+        self.fc1 = nn.Linear(features, hidden[0])
+        self.fc2 = nn.Linear(hidden[0], hidden[1])
+        self.head = nn.Linear(hidden[1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.relu(self.fc1(x.flatten(1)))

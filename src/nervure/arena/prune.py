@@ -1,0 +1,373 @@
+"""The arena of pruning: every entrant gets the same model, data, learning rates and total optimizer steps."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from nervure import zoo
+from nervure._kit import BadModel, CouldNotRun, UnknownId, Unsupported, UsageError, did_you_mean
+from nervure.catalogue import family
+from nervure.core import Meter, factory, forward, modules, rng
+from nervure.core.cost import cost
+from nervure.data import Splits, load
+from nervure.learn import Loop, accuracy, cross_entropy
+from nervure.spec import Budget, Job, Measurement, Pruner
+
+if TYPE_CHECKING:
+    from nervure.arena.measure import Measured, Progress
+
+NAME = "prune"
+METRIC, BETTER, BASELINE = "accuracy", "higher", "random"
+DENSITIES, QUICK_DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02), (0.2, 0.05)
+# Shared by all entrants, and chosen for each on the validation split: a card may not bring its own.
+RATES, BATCH = (3e-4, 1.2e-3, 5e-3), 64
+STEPS, QUICK_STEPS = 800, 200
+BASELINES = ("dense", "small-dense")
+VALIDATION = 0.1
+
+
+def entrants() -> dict[str, str]:
+    """Return the names that may enter -> the card each comes from ("" for the arena's own baselines)."""
+    found = dict.fromkeys(BASELINES, "")
+    for entry in family("pruner"):
+        found.update(dict.fromkeys(entry.card["entrants"], entry.id))
+    return found
+
+
+def make(name: str) -> Pruner:
+    """Build an entrant with its own default hyper-parameters.
+
+    Args:
+        name: One of `entrants`, baselines excepted.
+
+    Returns:
+        The pruner.
+
+    Raises:
+        UnknownId: If no card enters under that name.
+    """
+    for entry in family("pruner"):
+        if name in entry.card["entrants"]:
+            made: Callable[[], Pruner] = getattr(entry.load(), entry.card["entrants"][name])
+            return made()
+    known = entrants()
+    raise UnknownId(
+        f"no pruner enters as {name!r}", expected=", ".join(known), try_=" or ".join(did_you_mean(name, known))
+    )
+
+
+def build(spec: str, data: Splits, *, seed: int, scale: float = 1.0) -> nn.Module:
+    """Build the model of a case, its weights drawn by the seed.
+
+    Args:
+        spec: Name of a zoo model, or ``path.py:factory``. A factory that takes ``scale`` can also build the small
+            dense baseline: all its hidden widths times `scale`.
+        data: The data set the model must fit.
+        seed: Draws the weights.
+        scale: Factor of the hidden widths.
+
+    Returns:
+        The model.
+
+    Raises:
+        Unsupported: If a scaled model is wanted and the factory takes no ``scale``.
+    """
+    if ":" not in spec:
+        return zoo.build(spec, shape=data.shape, classes=data.classes, seed=rng.seed_for("model", seed), scale=scale)
+    with rng.scope("model", spec, seed):
+        if scale == 1.0:
+            return factory.build_model(spec)
+        made = factory.load_factory(spec)
+        if not callable(made) or "scale" not in inspect.signature(made).parameters:
+            raise Unsupported(
+                "small-dense", spec, why="its factory has no width to scale", try_="def factory(scale=1.0): ..."
+            )
+        return factory.build_model(spec, scale=scale)
+
+
+def check(model: nn.Module, data: Splits, *, name: str) -> None:
+    """See that a model takes the data and answers with one score a class.
+
+    Args:
+        model: The model.
+        data: The data set.
+        name: What to call the model in errors.
+
+    Raises:
+        BadModel: If its forward raises or its output has another shape.
+    """
+    some = data.train_x[:2]
+    try:
+        scores = forward.predict(model, some)
+    except Exception as error:
+        raise BadModel(
+            f"the model {name} cannot take the data {data.name}",
+            expected=f"a forward that takes a tensor of shape {tuple(some.shape)}",
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    if scores.ndim != 2 or scores.shape[1] < data.classes:
+        raise BadModel(
+            f"the model {name} does not fit the labels of {data.name}",
+            expected=f"outputs of shape (2, {data.classes})",
+            found=tuple(scores.shape),
+            try_="one output a class",
+        )
+
+
+class PruneTask:
+    """Give every entrant the same data, batches, loss, optimizer and learning-rate schedule.
+
+    Args:
+        data: The data set.
+        rate: The learning rate at the start of each training; annealed to zero by a cosine.
+        seed: Decides the batches.
+        tick: Called after every optimizer step.
+    """
+
+    def __init__(self, data: Splits, *, rate: float, seed: int, tick: Callable[[], None]) -> None:
+        self.data, self.rate, self.seed, self.tick = data, rate, seed, tick
+
+    def batches(self, count: int) -> Sequence[Any]:
+        """Return `count` calibration batches of 256 samples, the same ones at every call."""
+        size = min(256, len(self.data.train_x))
+        draw = rng.generator("calibration", self.seed)
+        order = torch.randperm(len(self.data.train_x), generator=draw)
+        return [(self.data.train_x[part], self.data.train_y[part]) for part in order.split(size)[:count]]
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean cross-entropy of a batch."""
+        return cross_entropy(forward.call(model, batch[0]), batch[1])
+
+    def train(
+        self, model: nn.Module, *, steps: int, part: int = 0, after_step: Callable[[int], None] | None = None
+    ) -> None:
+        """Train in place; optimizer and schedule start anew, batches depend on (seed, part) only."""
+        if not steps:
+            return
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(parameters, lr=self.rate)
+        loop = Loop(
+            model,
+            optimizer,
+            (self.data.train_x, self.data.train_y),
+            batch_size=BATCH,
+            schedule=CosineAnnealingLR(optimizer, steps),
+            hooks=[_Step(self.tick, after_step)],
+            seed=rng.seed_for("order", self.seed, part),
+        )
+        loop.run(steps)
+
+
+class _Step:
+    def __init__(self, tick: Callable[[], None], also: Callable[[int], None] | None) -> None:
+        self.tick, self.also = tick, also
+
+    def after_step(self, step: int) -> None:
+        self.tick()
+        if self.also is not None:
+            self.also(step)
+
+
+def measure(job: Job, progress: Progress, result: Measured) -> None:
+    """Run one entrant at one density for one seed: each learning rate, the best on validation is reported.
+
+    Args:
+        job: Its arm is the entrant; params hold model, data, density and steps.
+        progress: Called with (share done, text).
+        result: Filled with test accuracy, calibration error, density and cost.
+
+    Raises:
+        CouldNotRun: If the entrant spent another number of optimizer steps than the budget.
+    """
+    params, steps = job.params, int(job.params["steps"])
+    data = load_data(str(params["data"]), seed=job.seed, limit=params.get("train"))
+    done = 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if done % 20 == 0:
+            progress(done / (steps * len(RATES)), f"{job.arm} at {params['density']:.0%}, seed {job.seed}")
+
+    best: tuple[float, float, nn.Module] | None = None
+    for rate in RATES:
+        task = PruneTask(data, rate=rate, seed=job.seed, tick=tick)
+        with Meter(track_saved=False) as meter:
+            model = run_entrant(job.arm, str(params["model"]), data, task, params, seed=job.seed)
+        if meter.steps != steps:
+            raise CouldNotRun(
+                f"{job.arm} did not spend its budget", expected=f"{steps} optimizer steps", found=meter.steps
+            )
+        reached = accuracy(model, data.validation_x, data.validation_y)
+        if best is None or reached > best[0]:
+            best = reached, rate, model
+    if best is not None:
+        _report(job.arm, best[2], data, best[1], best[0], result)
+    result.cost["steps"] = steps
+    result.cost["tuning_steps"] = steps * len(RATES)
+
+
+def run_entrant(
+    name: str, spec: str, data: Splits, task: PruneTask, params: Mapping[str, Any], *, seed: int
+) -> nn.Module:
+    """Train one entrant within its budget.
+
+    Args:
+        name: The entrant.
+        spec: The model.
+        data: The data set.
+        task: The shared training.
+        params: Holds density and steps.
+        seed: Draws the model's weights.
+
+    Returns:
+        The trained network.
+    """
+    density, steps = float(params["density"]), int(params["steps"])
+    if name == "dense":
+        model = build(spec, data, seed=seed)
+        task.train(model, steps=steps)
+        return model
+    if name == "small-dense":
+        model = small_dense(spec, data, seed=seed, density=density)
+        task.train(model, steps=steps)
+        return model
+    model = build(spec, data, seed=seed)
+    budget = Budget(target=density, steps=steps, calibration=4)
+    return make(name).fit(model, task, budget, seed=rng.seed_for("prune", seed)).model
+
+
+def small_dense(spec: str, data: Splits, *, seed: int, density: float) -> nn.Module:
+    """Build the dense network of the same kind whose number of weights is nearest to the density's.
+
+    Args:
+        spec: The model.
+        data: The data set.
+        seed: Draws the weights.
+        density: Share of the full network's weights.
+
+    Returns:
+        The small network, untrained.
+    """
+
+    def size(scale: float) -> int:
+        made = build(spec, data, seed=seed, scale=scale)
+        return sum(weight.numel() for weight in modules.weights(made).values())
+
+    wanted = density * sum(weight.numel() for weight in modules.weights(build(spec, data, seed=seed)).values())
+    low, high = 0.0, 0.999
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) < wanted else (low, middle)
+    scale = min((low, high), key=lambda one: abs(size(max(one, 1e-3)) - wanted))
+    return build(spec, data, seed=seed, scale=max(scale, 1e-3))
+
+
+def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: float, result: Measured) -> None:
+    scores = forward.predict(model, data.test_x)
+    spent = cost(copy.deepcopy(model), data.test_x[:1])
+    weights = modules.weights(model)
+    kept = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
+    found = {
+        "accuracy": float((scores.argmax(-1) == data.test_y).double().mean()),
+        "calibration_error": calibration_error(scores, data.test_y),
+        "validation": validation,
+        "rate": rate,
+        "weights": kept,
+        "density": kept / sum(weight.numel() for weight in weights.values()),
+        "macs": spent.macs,
+        "nonzero_macs": spent.nonzero_macs,
+        "bytes": spent.bytes,
+    }
+    result.measurements += [Measurement(arm=arm, metric=name, value=float(value)) for name, value in found.items()]
+
+
+def calibration_error(scores: Tensor, y: Tensor, *, bins: int = 15) -> float:
+    """Return the expected calibration error: the mean gap of confidence and accuracy over confidence bins.
+
+    Args:
+        scores: Class scores, shape (N, classes).
+        y: Labels.
+        bins: Number of bins of equal width.
+
+    Returns:
+        A number in [0, 1].
+    """
+    confidence, guess = scores.softmax(-1).max(-1)
+    right = (guess == y).double()
+    place = (confidence * bins).long().clamp(max=bins - 1)
+    gap = torch.zeros(bins, dtype=torch.float64)
+    gap.index_add_(0, place, right - confidence.double())
+    return float(gap.abs().sum() / len(y))
+
+
+def load_data(spec: str, *, seed: int, limit: Any = None) -> Splits:
+    """Load the case's data with a validation part.
+
+    Args:
+        spec: As in `nervure.data.load`.
+        seed: Decides the split.
+        limit: Number of training samples, or None.
+
+    Returns:
+        The splits.
+    """
+    whole = load(spec, seed=seed)
+    held = max(20, min(5000, int(VALIDATION * len(whole.train_x))))
+    return load(spec, seed=seed, validation=held, train=int(limit) if limit else None)
+
+
+def plan(
+    *, model: str, data: str, densities: Sequence[float], names: Sequence[str], seeds: Sequence[int], steps: int
+) -> list[Job]:
+    """Check the case and list its jobs.
+
+    Args:
+        model: Zoo name or ``path.py:factory``.
+        data: As in `nervure.data.load`.
+        densities: Shares of weights to keep, each in (0, 1).
+        names: Entrants; every one at every density, the dense network once.
+        seeds: The seeds.
+        steps: Optimizer steps of one training in all.
+
+    Returns:
+        The jobs.
+
+    Raises:
+        UsageError: If a density, the steps or the list of entrants is out of range.
+    """
+    if not names or steps < 1 or not seeds or not densities:
+        raise UsageError("there is nothing to compare", expected="entrants, densities, seeds and steps")
+    wrong = [density for density in densities if not 0 < density < 1]
+    if wrong:
+        raise UsageError("a density is not a share", expected="numbers between 0 and 1", found=wrong)
+    for name in names:
+        if name not in BASELINES:
+            make(name)
+    splits = load_data(data, seed=seeds[0])
+    check(build(model, splits, seed=seeds[0]), splits, name=model)
+    shared = {
+        "model": model,
+        "model_content": factory.fingerprint(model) if ":" in model else "zoo",
+        "data": data,
+        "data_content": factory.fingerprint(data) if data not in ("digits", "fashion-mnist") else "named",
+        "steps": steps,
+    }
+    jobs = []
+    for seed in seeds:
+        for density in densities:
+            for name in names:
+                at = 1.0 if name == "dense" else density
+                if name == "dense" and density != densities[0]:
+                    continue
+                case = f"{model}|{data}|density={at:g}"
+                params = {**shared, "density": at}
+                jobs.append(Job(target=f"arena:{NAME}", arm=name, case=case, seed=seed, params=params))
+    return jobs
