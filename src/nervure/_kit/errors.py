@@ -93,6 +93,10 @@ class Diverged(CouldNotRun):
         )
 
 
+class OverBudget(CouldNotRun):
+    """Report a job that used up its seconds."""
+
+
 class MissingExtra(CouldNotRun):
     """Report an optional dependency that is not installed."""
 

@@ -1,1 +1,14 @@
-"""Floor 8: run, compare, find and export as functions."""
+"""Floor 8: run, compare, find and export as functions. The only place that joins runner, store and report."""
+
+from nervure._kit import lazy_attributes
+
+__getattr__, __dir__ = lazy_attributes(
+    __name__,
+    {
+        "Comparison": "nervure.app.comparisons",
+        "Ran": "nervure.app.claims",
+        "compare_prune": "nervure.app.comparisons",
+        "export": "nervure.app.exports",
+        "run": "nervure.app.claims",
+    },
+)

@@ -10,17 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from nervure import zoo
-from nervure._kit import BadData, CouldNotRun
+from nervure._kit import OverBudget
 from nervure.core import rng
 from nervure.data import Splits, load
 from nervure.learn import Loop, accuracy
 from nervure.spec import Measurement
 
 Progress = Callable[[float, str], None]
-
-
-class OverBudget(CouldNotRun):
-    """Report a job that used up its seconds."""
 
 
 class Context:
@@ -31,7 +27,6 @@ class Context:
         seed: The seed.
         quick: Whether this is a scaled-down rehearsal.
         data: Name or path that replaces the claim's own data set, or None.
-        fallback: Data set to use where the first cannot be had, or None.
         seconds: Time limit, or None.
         progress: Called with (share done, text).
     """
@@ -43,7 +38,6 @@ class Context:
         *,
         quick: bool = False,
         data: str | None = None,
-        fallback: str | None = None,
         seconds: float | None = None,
         progress: Progress = lambda share, text: None,
     ) -> None:
@@ -51,24 +45,12 @@ class Context:
         self.measurements: list[Measurement] = []
         self.warnings: list[str] = []
         self.steps = 0
-        self._data, self._fallback, self._seconds, self._progress = data, fallback, seconds, progress
+        self._data, self._seconds, self._progress = data, seconds, progress
         self._planned, self._start = 0, time.monotonic()
 
     def data(self, name: str, *, train: int | None = None, test: int | None = None, validation: int = 0) -> Splits:
-        """Return a data set, its splits drawn by this seed; see `nervure.spec.Ctx`.
-
-        Raises:
-            BadData: If it cannot be had and no fallback is set.
-        """
-        chosen = self._data or name
-        try:
-            return load(chosen, seed=self.seed, train=train, test=test, validation=validation)
-        except BadData:
-            if self._fallback is None or self._fallback == chosen:
-                raise
-            self.warnings.append(f"{chosen} cannot be had; {self._fallback} stands in for it")
-            # The fallback is smaller than what was asked for: the default parts of it are taken.
-            return load(self._fallback, seed=self.seed, validation=min(validation, 200))
+        """Return a data set, its splits drawn by this seed; see `nervure.spec.Ctx`."""
+        return load(self._data or name, seed=self.seed, train=train, test=test, validation=validation)
 
     def model(self, name: str, *, data: Any = None, draw: str = "first", **options: Any) -> nn.Module:
         """Build a zoo model, its weights drawn by this seed; see `nervure.spec.Ctx`."""

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 
 from nervure._kit import UnknownId, UsageError
 from nervure.arena.context import Context
 from nervure.catalogue import get
 from nervure.core import Meter
-from nervure.spec import Claim, Job, Measurement, claims_of
+from nervure.spec import Claim, Job, Notes, claims_of
 
 Progress = Callable[[float, str], None]
-
-
-@dataclass
-class Measured:
-    """Collect what a job measured, also when it fails half-way.
-
-    Args:
-        measurements: The numbers so far.
-        cost: What was spent.
-        warnings: Sentences a reader must know.
-    """
-
-    measurements: list[Measurement] = field(default_factory=list)
-    cost: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
+ARENAS = ("prune",)
 
 
 def find_claim(claim_id: str) -> Claim:
@@ -55,50 +40,43 @@ def find_claim(claim_id: str) -> Claim:
     raise UnknownId(f"{card_id} has no claim {name!r}", expected=" or ".join(found.name for found in claims))
 
 
-def measure(job: Job, progress: Progress, into: Measured | None = None) -> Measured:
+def measure(job: Job, progress: Progress, notes: Notes) -> None:
     """Run a job in this process.
 
     Args:
         job: The job; its target is ``claim:...`` or ``arena:...``.
         progress: Called with (share done, text).
-        into: Filled as the job goes, so that a failure keeps what was measured before it.
-
-    Returns:
-        What was measured.
+        notes: Filled as the job goes, so that a failure keeps what was measured before it.
 
     Raises:
         UsageError: If the target is of no known kind.
     """
-    result = into if into is not None else Measured()
     kind, _, name = job.target.partition(":")
     if kind == "claim":
-        _measure_claim(job, find_claim(name), progress, result)
-    elif kind == "arena":
-        arena = importlib.import_module(f"nervure.arena.{name}")
-        arena.measure(job, progress, result)
+        _measure_claim(job, find_claim(name), progress, notes)
+    elif kind == "arena" and name in ARENAS:
+        importlib.import_module(f"nervure.arena.{name}").measure(job, progress, notes)
     else:
         raise UsageError("the job has no known target", expected="claim:... or arena:...", found=job.target)
-    return result
 
 
-def _measure_claim(job: Job, claim: Claim, progress: Progress, result: Measured) -> None:
+def _measure_claim(job: Job, claim: Claim, progress: Progress, notes: Notes) -> None:
     options: Mapping[str, object] = job.params
     context = Context(
         claim.id,
         job.seed,
         quick=bool(options.get("quick", False)),
         data=_text(options.get("data")),
-        fallback=_text(options.get("fallback")),
         seconds=job.budget.get("seconds"),
         progress=progress,
     )
-    result.measurements, result.warnings = context.measurements, context.warnings
+    notes.measurements, notes.warnings = context.measurements, context.warnings
     meter = Meter(track_saved=False)
     try:
         with meter:
             claim.measure(context)
     finally:
-        result.cost.update(meter.cost())
+        notes.cost.update(meter.cost())
 
 
 def _text(value: object) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,9 @@ from nervure.core import Meter, factory, forward, modules, rng
 from nervure.core.cost import cost
 from nervure.data import Splits, load
 from nervure.learn import Loop, accuracy, cross_entropy
-from nervure.spec import Budget, Job, Measurement, Pruner
+from nervure.spec import Budget, Job, Measurement, Notes, Pruner
 
-if TYPE_CHECKING:
-    from nervure.arena.measure import Measured, Progress
-
+Progress = Callable[[float, str], None]
 NAME = "prune"
 METRIC, BETTER, BASELINE = "accuracy", "higher", "random"
 DENSITIES, QUICK_DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02), (0.2, 0.05)
@@ -175,13 +173,13 @@ class _Step:
             self.also(step)
 
 
-def measure(job: Job, progress: Progress, result: Measured) -> None:
+def measure(job: Job, progress: Progress, notes: Notes) -> None:
     """Run one entrant at one density for one seed: each learning rate, the best on validation is reported.
 
     Args:
         job: Its arm is the entrant; params hold model, data, density and steps.
         progress: Called with (share done, text).
-        result: Filled with test accuracy, calibration error, density and cost.
+        notes: Filled with test accuracy, calibration error, density and cost.
 
     Raises:
         CouldNotRun: If the entrant spent another number of optimizer steps than the budget.
@@ -209,9 +207,9 @@ def measure(job: Job, progress: Progress, result: Measured) -> None:
         if best is None or reached > best[0]:
             best = reached, rate, model
     if best is not None:
-        _report(job.arm, best[2], data, best[1], best[0], result)
-    result.cost["steps"] = steps
-    result.cost["tuning_steps"] = steps * len(RATES)
+        _report(job.arm, best[2], data, best[1], best[0], notes)
+    notes.cost["steps"] = steps
+    notes.cost["tuning_steps"] = steps * len(RATES)
 
 
 def run_entrant(
@@ -270,7 +268,7 @@ def small_dense(spec: str, data: Splits, *, seed: int, density: float) -> nn.Mod
     return build(spec, data, seed=seed, scale=max(scale, 1e-3))
 
 
-def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: float, result: Measured) -> None:
+def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: float, notes: Notes) -> None:
     scores = forward.predict(model, data.test_x)
     spent = cost(copy.deepcopy(model), data.test_x[:1])
     weights = modules.weights(model)
@@ -286,7 +284,7 @@ def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: f
         "nonzero_macs": spent.nonzero_macs,
         "bytes": spent.bytes,
     }
-    result.measurements += [Measurement(arm=arm, metric=name, value=float(value)) for name, value in found.items()]
+    notes.measurements += [Measurement(arm=arm, metric=name, value=float(value)) for name, value in found.items()]
 
 
 def calibration_error(scores: Tensor, y: Tensor, *, bins: int = 15) -> float:

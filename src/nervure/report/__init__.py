@@ -1,1 +1,6 @@
 """Floor 7: tables, plots and HTML from records."""
+
+from nervure.report.export import leaderboard_files, verdict_files
+from nervure.report.tables import ArmRow, CaseTable, arm_rows, case_tables
+
+__all__ = ["ArmRow", "CaseTable", "arm_rows", "case_tables", "leaderboard_files", "verdict_files"]

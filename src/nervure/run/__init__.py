@@ -1,1 +1,8 @@
 """Floor 6: plans, jobs and executors."""
+
+from nervure.run.execute import Event, Executor, Interrupted, Sink, execute
+from nervure.run.inline import Inline
+from nervure.run.local import Local
+from nervure.run.plan import plan_claim
+
+__all__ = ["Event", "Executor", "Inline", "Interrupted", "Local", "Sink", "execute", "plan_claim"]

@@ -2,7 +2,7 @@
 
 from nervure.spec.card import FAMILIES, PROTOCOLS, Card
 from nervure.spec.claim import Check, Claim, claim, claims_of
-from nervure.spec.job import Job, Measurement, Record, Status, canonical_json
+from nervure.spec.job import Job, Measurement, Notes, Record, Status, canonical_json
 from nervure.spec.protocols import (
     Batch,
     Budget,
@@ -32,6 +32,7 @@ __all__ = [
     "Data",
     "Job",
     "Measurement",
+    "Notes",
     "Outcome",
     "Pruner",
     "Record",

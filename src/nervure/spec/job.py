@@ -197,3 +197,18 @@ class Record:
             The copy.
         """
         return dataclasses.replace(self, **changes)
+
+
+@dataclass
+class Notes:
+    """Collect what a job measures as it goes, so that a failure keeps what came before it.
+
+    Args:
+        measurements: The numbers so far.
+        cost: What was spent.
+        warnings: Sentences a reader must know.
+    """
+
+    measurements: list[Measurement] = field(default_factory=list)
+    cost: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,12 +95,17 @@ class Verdict:
                     "margin": result.check.margin,
                     "outcome": str(result.outcome),
                     "n": result.n,
-                    "mean": result.mean,
-                    "low": result.low,
-                    "high": result.high,
+                    "mean": _finite(result.mean),
+                    "low": _finite(result.low),
+                    "high": _finite(result.high),
                     "differences": {str(seed): value for seed, value in result.differences.items()},
                     "reason": result.reason,
                 }
                 for result in self.checks
             ],
         }
+
+
+def _finite(value: float) -> float | None:
+    """Return a number JSON has, or None."""
+    return value if math.isfinite(value) else None

@@ -1,0 +1,75 @@
+"""The commands' names and what becomes of errors. Each command's code is imported when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import cyclopts
+
+from nervure import __version__
+from nervure._kit import NervureError
+
+USAGE, COULD_NOT_RUN = 2, 3
+
+app = cyclopts.App(
+    name="nervure",
+    version=__version__,
+    help="The methods of 294 neural-network papers on any PyTorch network: run, compare, find.\n\n"
+    "Exit codes: 0 the claim holds or the work is done, 1 the claim was not shown to hold, "
+    "2 wrong usage, 3 it could not be run.",
+    result_action="return_value",
+)
+# The help texts stand here too: reading them off the functions would import the functions.
+for _name, _where, _help in (
+    ("find", "finding:find", "Find papers and methods by words of their title, summary and tags."),
+    ("list", "finding:list_", "List the papers of the catalogue."),
+    ("show", "finding:show", "Show one paper's card: what it says and what it claims."),
+    ("run", "running:run", "Check a paper's claim here: holds, does not hold, or inconclusive."),
+    ("export", "running:export", "Write a verdict or leaderboard with its raw records as JSON, CSV and HTML."),
+    ("data", "running:data", "Bring a data set into the cache and say what it holds."),
+):
+    app.command(f"nervure.cli.{_where}", name=_name, help=_help)
+compare = cyclopts.App(name="compare", help="Compare the methods of a family on one network, at equal budget.")
+compare.command("nervure.cli.running:compare_prune", name="prune", help="Compare pruning methods.")
+app.command(compare)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        words: The arguments; those of the process when None.
+    """
+    code = run(sys.argv[1:] if words is None else list(words))
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader (head, less) has gone
+    sys.exit(code)
+
+
+def run(words: Sequence[str]) -> int:
+    """Run the command line.
+
+    Args:
+        words: The arguments.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        code = app(words, exit_on_error=False, print_error=True)
+    except cyclopts.CycloptsError:
+        return USAGE
+    except NervureError as error:
+        print(f"nervure: {error}", file=sys.stderr)
+        return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt as error:
+        print(f"nervure: {error or 'interrupted'}", file=sys.stderr)
+        return int(getattr(error, "exit_code", 130))
+    return code if isinstance(code, int) else 0

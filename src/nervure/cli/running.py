@@ -1,0 +1,263 @@
+"""run, compare, export and data: the commands that do work, with live progress."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nervure._kit import seconds_text
+
+if TYPE_CHECKING:
+    from nervure.app.claims import Ran
+    from nervure.app.comparisons import Comparison
+    from nervure.run import Event
+
+Flag = Annotated[bool, Parameter(negative="")]
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+
+
+@contextlib.contextmanager
+def _progress(title: str, *, silent: bool) -> Iterator[Callable[[Event], None]]:
+    """Show a bar with the time left on a terminal, or a line now and then where there is none.
+
+    Yields:
+        What to call with every event.
+    """
+    console = Console(stderr=True)
+    if silent:
+        yield lambda event: None
+        return
+    if not console.is_terminal:
+        yield _Lines(title)
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=1.0, left="starting")
+
+        def show(event: Event) -> None:
+            left = f"{seconds_text(event.seconds_left)} left" if event.seconds_left is not None else "starting"
+            bar.update(task, completed=event.share, left=f"{event.share:.0%}  {left}  {event.text[:40]}")
+            if event.record is not None and event.record.error:
+                bar.console.print(f"seed {event.record.job.seed}: {event.record.error.splitlines()[0]}")
+
+        yield show
+
+
+class _Lines:
+    """Print a line at every tenth of the way."""
+
+    def __init__(self, title: str) -> None:
+        self.title, self.printed = title, -1
+
+    def __call__(self, event: Event) -> None:
+        tenth = int(event.share * 10)
+        if tenth > self.printed:
+            self.printed = tenth
+            left = f", {seconds_text(event.seconds_left)} left" if event.seconds_left is not None else ""
+            print(f"{self.title}: {event.share:.0%} done{left}", file=sys.stderr, flush=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if math.isfinite(value) else "n/a"
+
+
+def run(
+    claim: str,
+    *,
+    seeds: int | None = None,
+    quick: Flag = False,
+    data: str | None = None,
+    fallback: str | None = None,
+    until_decided: Flag = False,
+    workers: int | None = None,
+    store: str | None = None,
+    report: Path = Path("reports"),
+    as_json: Json = False,
+) -> int:
+    """Check a paper's claim here: holds, does not hold, or inconclusive.
+
+    Args:
+        claim: A paper's id, or id/claim where it has several.
+        seeds: Number of seeds; the claim's own by default.
+        quick: Rehearse at a fraction of the budget; the verdict is marked as a rehearsal.
+        data: Data set in place of the claim's own.
+        fallback: Data set to use where that one cannot be had.
+        until_decided: Add seeds, under an interval that allows for it, until the claim is decided.
+        workers: Worker processes; one a core by default, 0 works in this process.
+        store: Where records go: a file or a PostgreSQL address; the user's own store by default.
+        report: Folder for the report.
+        as_json: Print JSON and nothing else.
+
+    Returns:
+        0 if it holds, 1 if it was not shown to hold.
+    """
+    from nervure import app
+
+    with _progress(claim, silent=as_json) as on_event:
+        ran = app.run(
+            claim,
+            seeds=seeds,
+            quick=quick,
+            data=data,
+            fallback=fallback,
+            until_decided=until_decided,
+            workers=workers,
+            store=store,
+            report=report,
+            on_event=on_event,
+            say=_say,
+        )
+    if as_json:
+        print(json.dumps({**ran.verdict.to_json(), "files": [str(path) for path in ran.files]}))
+    else:
+        _print_verdict(ran)
+    return ran.verdict.outcome.exit_code
+
+
+def _print_verdict(ran: Ran) -> None:
+    from nervure.report import arm_rows
+
+    console, verdict = Console(), ran.verdict
+    console.print(f"\n[bold]{verdict.claim_id}[/]: [bold]{verdict.outcome}[/]" + " (rehearsal)" * verdict.quick)
+    console.print(verdict.statement, markup=False)
+    checks = Table("check", "outcome", "mean", "95% interval", "margin", "seeds")
+    for result in verdict.checks:
+        span = f"{_number(result.low)} to {_number(result.high)}"
+        margin = _number(result.check.margin)
+        checks.add_row(result.check.name, str(result.outcome), _number(result.mean), span, margin, str(result.n))
+    console.print(checks)
+    metrics = list(dict.fromkeys(result.check.metric for result in verdict.checks))
+    arms = Table("arm", "metric", "mean", "95% interval", "seeds")
+    for row in arm_rows(ran.records):
+        if row.metric in metrics:
+            span = f"{_number(row.low)} to {_number(row.high)}" if row.n > 1 else ""
+            arms.add_row(row.arm, row.metric, _number(row.mean), span, str(row.n))
+    console.print(arms)
+    for arm, outcome in verdict.sabotage.items():
+        console.print(f"sabotage {arm!r} in the method's place: {outcome}", markup=False, highlight=False)
+    for note in verdict.notes:
+        console.print(f"note: {note}", markup=False, highlight=False)
+    print(ran.files[-1])
+
+
+def compare_prune(
+    *,
+    model: str = "lenet-300-100",
+    data: str = "fashion-mnist",
+    entrant: list[str] | None = None,
+    density: list[float] | None = None,
+    seeds: int | None = None,
+    steps: int | None = None,
+    quick: Flag = False,
+    workers: int | None = None,
+    store: str | None = None,
+    report: Path = Path("reports"),
+    as_json: Json = False,
+) -> int:
+    """Compare pruning methods on your own network and data, at equal total optimizer steps.
+
+    Args:
+        model: A zoo model, or path.py:factory. A factory that takes scale= also gives the small dense baseline.
+        data: digits, fashion-mnist, wine, breast-cancer, an .npz, a .csv, a folder of images, or path.py:factory.
+        entrant: Name of an entrant; repeat for several; all by default.
+        density: Share of weights to keep; repeat for several.
+        seeds: Number of seeds; 3 by default.
+        steps: Optimizer steps of one training in all, pruning rounds included.
+        quick: Two densities, two seeds, 200 steps.
+        workers: Worker processes; one a core by default, 0 works in this process.
+        store: Where records go; the user's own store by default.
+        report: Folder for the report.
+        as_json: Print JSON and nothing else.
+
+    Returns:
+        0.
+    """
+    from nervure import app
+
+    with _progress("compare prune", silent=as_json) as on_event:
+        found = app.compare_prune(
+            model=model,
+            data=data,
+            entrants=entrant,
+            densities=density,
+            seeds=seeds,
+            steps=steps,
+            quick=quick,
+            workers=workers,
+            store=store,
+            report=report,
+            on_event=on_event,
+        )
+    if as_json:
+        print(found.files[0].read_text(encoding="utf-8"))
+    else:
+        _print_tables(found)
+    return 0
+
+
+def _print_tables(found: Comparison) -> None:
+    console = Console()
+    for table in found.tables:
+        shown = Table("rank", "entrant", "accuracy", "95% interval", f"better than {found.baseline}? (Holm)")
+        for row in table.rows:
+            _, low, high = table.spread.get(row.arm, (0.0, math.nan, math.nan))
+            better = "" if row.arm == found.baseline else str(row.outcome)
+            shown.add_row(str(row.rank), row.arm, _number(row.mean), f"{_number(low)} to {_number(high)}", better)
+        console.print(f"\n[bold]density {table.density:.3g}[/]")
+        console.print(shown)
+        for arm, problem in table.problems.items():
+            console.print(f"{arm}: {problem}", markup=False, highlight=False)
+    print(found.files[-1])
+
+
+def export(what: str, *, store: str | None = None, to: Path = Path("reports")) -> int:
+    """Write a verdict or leaderboard with its raw records as JSON, CSV and one HTML file.
+
+    Args:
+        what: A paper's id, id/claim, or compare-prune.
+        store: Store to read from; the user's own by default.
+        to: Folder to write to.
+
+    Returns:
+        0.
+    """
+    from nervure import app
+
+    for path in app.export(what, store=store, folder=to):
+        print(path)
+    return 0
+
+
+def data(name: str) -> int:
+    """Bring a data set into the cache and say what it holds.
+
+    Args:
+        name: Name of a data set, or a file or folder of your own.
+
+    Returns:
+        0.
+    """
+    from nervure.data import fetch_fashion_mnist, load
+
+    if name == "fashion-mnist":
+        _say(f"in {fetch_fashion_mnist(say=_say)}")
+    found: Any = load(name)
+    print(
+        f"{found.name}: {len(found.train_x)} training and {len(found.test_x)} test samples "
+        f"of shape {found.shape}, {found.classes} classes"
+    )
+    return 0

@@ -1,0 +1,215 @@
+"""Write a verdict or a leaderboard with its raw records as JSON, CSV and one self-contained HTML file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from nervure._kit import CouldNotRun
+from nervure.report import plots
+from nervure.report.tables import CaseTable, arm_rows
+from nervure.spec import Card, Record, Verdict
+
+
+def number(value: float) -> str:
+    """Write a number for people: four significant digits.
+
+    Args:
+        value: The number.
+
+    Returns:
+        The text.
+
+    Example:
+        >>> number(0.0123456), number(float("nan"))
+        ('0.01235', 'n/a')
+    """
+    return f"{value:.4g}" if math.isfinite(value) else "n/a" if math.isnan(value) else str(value)
+
+
+def _render(name: str, values: Mapping[str, Any]) -> str:
+    loader = jinja2.PackageLoader("nervure.report", "templates")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["number"] = number
+    return environment.get_template(name).render(**values)
+
+
+def verdict_files(
+    verdict: Verdict, card: Card | Mapping[str, Any], records: Sequence[Record], folder: Path, *, command: str
+) -> list[Path]:
+    """Write a verdict's report.
+
+    Args:
+        verdict: The verdict.
+        card: The paper's card.
+        records: Its records.
+        folder: Where to.
+        command: The command that repeats it.
+
+    Returns:
+        The paths of the JSON, CSV and HTML file.
+    """
+    values = card.to_json() if isinstance(card, Card) else dict(card)
+    rows = arm_rows(records)
+    metrics = list(dict.fromkeys(result.check.metric for result in verdict.checks))
+    curves = list(
+        dict.fromkeys(point.metric for record in records for point in record.measurements if point.step is not None)
+    )
+    page = _render(
+        "verdict.html",
+        {
+            "title": f"{values['id']}: {verdict.outcome}",
+            "card": values,
+            "verdict": verdict,
+            "rows": rows,
+            "plots": {
+                "checks": plots.checks_plot(verdict),
+                "arms": [plots.arms_plot(rows, metric) for metric in metrics],
+                "curves": [plots.curves_plot(records, metric) for metric in curves],
+            },
+            "command": command,
+            "environment": _environment(records),
+            "raw": _raw(records),
+        },
+    )
+    data = {"verdict": verdict.to_json(), "card": values, "records": [record.to_json() for record in records]}
+    return _write(folder, verdict.claim_id.replace("/", "."), data, records, page)
+
+
+def leaderboard_files(
+    tables: Sequence[CaseTable],
+    records: Sequence[Record],
+    folder: Path,
+    *,
+    name: str,
+    title: str,
+    metric: str,
+    baseline: str,
+    protocol: str,
+    command: str,
+) -> list[Path]:
+    """Write a comparison's report.
+
+    Args:
+        tables: One leaderboard a density.
+        records: Their records.
+        folder: Where to.
+        name: Stem of the files.
+        title: Title of the page.
+        metric: What is compared.
+        baseline: The arm the others are compared with.
+        protocol: Rule, draws, seeds, budget and kind of interval in a sentence or two.
+        command: The command that repeats it.
+
+    Returns:
+        The paths of the JSON, CSV and HTML file.
+    """
+    page = _render(
+        "leaderboard.html",
+        {
+            "title": title,
+            "tables": tables,
+            "plot": plots.density_plot(tables, metric),
+            "metric": metric,
+            "baseline": baseline,
+            "protocol": protocol,
+            "command": command,
+            "environment": _environment(records),
+            "raw": _raw(records),
+        },
+    )
+    data = {
+        "title": title,
+        "protocol": protocol,
+        "tables": [asdict(table) for table in tables],
+        "records": [record.to_json() for record in records],
+    }
+    return _write(folder, name, data, records, page)
+
+
+def _environment(records: Sequence[Record]) -> dict[str, str]:
+    found: dict[str, dict[str, None]] = {}
+    for record in records:
+        for name, value in record.environment.items():
+            found.setdefault(name, {})[value] = None
+    return {name: ", ".join(values) for name, values in found.items()}
+
+
+def _raw(records: Sequence[Record]) -> str:
+    return json.dumps([record.to_json() for record in records], indent=1)
+
+
+def table_csv(records: Sequence[Record]) -> str:
+    """Return the records in long form, one number a line.
+
+    Args:
+        records: The records.
+
+    Returns:
+        CSV text with a header. A cell that a spreadsheet would take for a formula is quoted by an apostrophe.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["job", "target", "case", "seed", "status", "arm", "metric", "step", "value"])
+    for record in records:
+        job = record.job
+        head = [job.id, job.target, job.case, job.seed, str(record.status)]
+        for point in record.measurements:
+            line = [*head, point.arm, point.metric, point.step if point.step is not None else "", point.value]
+            writer.writerow([_plain(cell) for cell in line])
+        if not record.measurements:
+            writer.writerow([_plain(cell) for cell in [*head, job.arm, "", "", ""]])
+    return text.getvalue()
+
+
+def finite(value: Any) -> Any:
+    """Return JSON-ready values in which a number that JSON lacks is null.
+
+    Args:
+        value: Values, lists and dicts of such.
+
+    Returns:
+        The same structure.
+
+    Example:
+        >>> finite({"low": float("-inf"), "n": 1})
+        {'low': None, 'n': 1}
+    """
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return value
+
+
+def _plain(cell: Any) -> Any:
+    return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def _write(folder: Path, stem: str, data: Any, records: Sequence[Record], page: str) -> list[Path]:
+    files = {".json": json.dumps(finite(data), indent=1, allow_nan=False), ".csv": table_csv(records), ".html": page}
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for ending, text in files.items():
+            path = folder / f"{stem}{ending}"
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(path)
+            paths.append(path)
+    except OSError as error:
+        raise CouldNotRun(
+            f"the report cannot be written to {folder}", found=str(error), try_="--report with another folder"
+        ) from error
+    return paths

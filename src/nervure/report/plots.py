@@ -1,0 +1,157 @@
+"""Plots as SVG text, drawn without pyplot."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Sequence
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from nervure.report.tables import ArmRow, CaseTable, interval
+from nervure.spec import Record, Verdict
+
+_COLOURS = ("#2f6f4f", "#b3541e", "#3b5b92", "#8a3b72", "#6b6b2a", "#2a7f86", "#7a4b2a", "#555555")
+
+
+def svg(figure: Figure) -> str:
+    """Return a figure as an SVG element, the same text for the same figure.
+
+    Args:
+        figure: The figure.
+
+    Returns:
+        ``<svg ...>...</svg>``.
+    """
+    text = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": "nervure", "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", metadata={"Date": None}, bbox_inches="tight")
+    return re.sub(r"^.*?(?=<svg)", "", text.getvalue(), count=1, flags=re.DOTALL)
+
+
+def checks_plot(verdict: Verdict) -> str:
+    """Draw each check's interval relative to its margin: right of the line holds.
+
+    Args:
+        verdict: The verdict.
+
+    Returns:
+        The SVG text.
+    """
+    shown = [result for result in verdict.checks if result.n]
+    figure = Figure(figsize=(7.2, 0.6 + 0.62 * max(1, len(shown))))
+    axes = figure.subplots(len(shown) or 1, 1, squeeze=False)[:, 0]
+    for ax, result in zip(axes, shown, strict=False):
+        seeds = list(result.differences.values())
+        ax.axvline(result.check.margin, color="#999999", lw=1, ls="--")
+        if math.isfinite(result.low) and math.isfinite(result.high):
+            ax.plot([result.low, result.high], [0, 0], color=_COLOURS[0], lw=3, solid_capstyle="butt", alpha=0.5)
+        ax.plot(seeds, [0] * len(seeds), "|", color=_COLOURS[2], ms=9)
+        ax.plot([result.mean], [0], "o", color=_COLOURS[0], ms=6)
+        ax.set_yticks([])
+        ax.set_title(f"{result.check.name}: {result.outcome}", fontsize=8, loc="left")
+        ax.tick_params(labelsize=7)
+        for side in ("left", "right", "top"):
+            ax.spines[side].set_visible(False)
+    figure.tight_layout()
+    return svg(figure)
+
+
+def arms_plot(rows: Sequence[ArmRow], metric: str) -> str:
+    """Draw every arm's values by seed and the interval of their mean.
+
+    Args:
+        rows: Rows of any metrics.
+        metric: The metric to draw.
+
+    Returns:
+        The SVG text.
+    """
+    shown = [row for row in rows if row.metric == metric and row.n]
+    figure = Figure(figsize=(7.2, 0.7 + 0.34 * max(1, len(shown))))
+    ax = figure.subplots()
+    for place, row in enumerate(reversed(shown)):
+        colour = _COLOURS[place % len(_COLOURS)]
+        finite = [value for value in row.values.values() if math.isfinite(value)]
+        ax.plot(finite, [place] * len(finite), "|", color=colour, ms=9)
+        if math.isfinite(row.low):
+            ax.plot([row.low, row.high], [place, place], color=colour, lw=3, alpha=0.4, solid_capstyle="butt")
+        ax.plot([row.mean], [place], "o", color=colour, ms=6)
+    ax.set_yticks(range(len(shown)), [row.arm for row in reversed(shown)], fontsize=8)
+    ax.set_xlabel(metric, fontsize=8)
+    ax.tick_params(axis="x", labelsize=7)
+    figure.tight_layout()
+    return svg(figure)
+
+
+def curves_plot(records: Sequence[Record], metric: str) -> str:
+    """Draw a metric's mean over seeds along its steps, one line an arm with the 95% band.
+
+    Args:
+        records: The records.
+        metric: A metric measured at steps.
+
+    Returns:
+        The SVG text.
+    """
+    curves: dict[str, dict[float, list[float]]] = {}
+    for record in records:
+        for point in record.measurements:
+            if point.metric == metric and point.step is not None and math.isfinite(point.value):
+                curves.setdefault(point.arm, {}).setdefault(point.step, []).append(point.value)
+    figure = Figure(figsize=(7.2, 3.2))
+    ax = figure.subplots()
+    for index, (arm, points) in enumerate(curves.items()):
+        steps = sorted(points)
+        spread = [interval(points[step]) for step in steps]
+        colour = _COLOURS[index % len(_COLOURS)]
+        ax.plot(steps, [mean for mean, _, _ in spread], color=colour, lw=1.4, label=arm)
+        ax.fill_between(steps, [low for _, low, _ in spread], [high for _, _, high in spread], color=colour, alpha=0.15)
+    if all(0 < step <= 1 for points in curves.values() for step in points):
+        ax.set_xscale("log")
+        ax.invert_xaxis()
+        ax.set_xlabel("density", fontsize=8)
+    else:
+        ax.set_xlabel("step", fontsize=8)
+    ax.set_ylabel(metric, fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return svg(figure)
+
+
+def density_plot(tables: Sequence[CaseTable], metric: str) -> str:
+    """Draw the metric against density with 95% intervals, one line an entrant; the dense network as a level.
+
+    Args:
+        tables: One leaderboard a density.
+        metric: The metric's name.
+
+    Returns:
+        The SVG text.
+    """
+    figure = Figure(figsize=(7.2, 4.0))
+    ax = figure.subplots()
+    arms = sorted({arm for table in tables for arm in table.spread})
+    for index, arm in enumerate(arms):
+        colour = _COLOURS[index % len(_COLOURS)]
+        points = [(table.density, *table.spread[arm]) for table in tables if arm in table.spread]
+        x, mean = [point[0] for point in points], [point[1] for point in points]
+        if arm == "dense":
+            ax.axhline(mean[0], color=colour, lw=1, ls="--", label=arm)
+            continue
+        gap = [
+            [m - low if math.isfinite(low) else 0.0 for _, m, low, _ in points],
+            [high - m if math.isfinite(high) else 0.0 for _, m, _, high in points],
+        ]
+        ax.errorbar(x, mean, yerr=gap, color=colour, lw=1.4, marker="o", ms=4, capsize=2, label=arm)
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    ax.set_xlabel("density (share of weights kept)", fontsize=8)
+    ax.set_ylabel(metric, fontsize=8)
+    ax.tick_params(labelsize=7)
+    ax.legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    return svg(figure)
