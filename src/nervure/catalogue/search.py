@@ -21,13 +21,18 @@ def search(query: str, *, limit: int = 10) -> list[Entry]:
         query: Words.
         limit: How many at most, at least 1.
 
+    Plugins are searched too when the index itself has nothing.
+
     Returns:
         The entries, best first; runnable ones first among equals.
     """
     words = re.findall(r"\w+", query.lower())
     if not words:
         return []
-    known = {**entries(), **plugins()}
+    return _search(words, entries(), limit) or _search(words, plugins(), limit)
+
+
+def _search(words: list[str], known: dict[str, Entry], limit: int) -> list[Entry]:
     with sqlite3.connect(":memory:") as base:
         base.execute(
             "create virtual table papers using fts5(title, id, tags, summary, key unindexed, tokenize='porter')"

@@ -18,6 +18,17 @@ NORMS = (
 )
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+LAYERS = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.RNNBase,
+    nn.RNNCellBase,
+    nn.MultiheadAttention,
+    *CONVOLUTIONS,
+    *TRANSPOSED,
+)
 
 
 def owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -59,23 +70,25 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     of_norms = {
         id(parameter) for module in model.modules() if isinstance(module, NORMS) for parameter in module.parameters()
     }
+    of_layers = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, LAYERS)
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim >= 2
+    }
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in of_norms and _long_axes(parameter) >= 2
+        if parameter.requires_grad
+        and id(parameter) not in of_norms
+        and (id(parameter) in of_layers or _is_raw_matrix(parameter))
     }
 
 
-def _long_axes(parameter: Tensor) -> int:
-    """Count axes longer than one; a single output (1, n) or a single input (n, 1) of a matrix still counts as two."""
-    if parameter.ndim == 2:
-        return 2 if max(parameter.shape) > 1 and not _broadcast(parameter) else 0
-    return sum(length > 1 for length in parameter.shape) if not _broadcast(parameter) else 0
-
-
-def _broadcast(parameter: Tensor) -> bool:
-    """Tell a raw parameter of shape (1, ..., n), made to broadcast over the batch."""
-    return parameter.shape[0] == 1 and parameter.ndim >= 3
+def _is_raw_matrix(parameter: Tensor) -> bool:
+    """Tell a bare matrix from a bare vector made to broadcast, such as a shift of shape (1, n)."""
+    return parameter.ndim >= 2 and parameter.shape[0] > 1 and sum(length > 1 for length in parameter.shape) >= 2
 
 
 def output_head(model: nn.Module) -> str | None:
