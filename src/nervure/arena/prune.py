@@ -85,7 +85,7 @@ def build(spec: str, data: Splits, *, seed: int, scale: float = 1.0) -> nn.Modul
         made = factory.load_factory(spec)
         if not callable(made) or "scale" not in inspect.signature(made).parameters:
             raise Unsupported(
-                "small-dense", spec, why="its factory has no width to scale", try_="def factory(scale=1.0): ..."
+                "small-dense", spec, why="its factory has no width to scale", try_="a factory that takes scale=1.0"
             )
         return factory.build_model(spec, scale=scale)
 

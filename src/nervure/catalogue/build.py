@@ -86,12 +86,15 @@ def check_names(tree: ast.Module, card: Card, path: Path) -> None:
         path: Its path.
 
     Raises:
-        ValueError: If a name is missing.
+        ValueError: If a name is missing, or is the file's own name.
     """
     defined = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
     missing = sorted({*card.provides, *card.entrants.values()} - defined)
     if missing:
         raise ValueError(f"{path}: the card provides {missing}, which the file does not define")
+    if path.stem in card.provides:
+        # `package.name` would be the function before the file is imported and the module after.
+        raise ValueError(f"{path}: the card provides its own name, the file's; call the function otherwise")
 
 
 def build() -> list[dict[str, Any]]:

@@ -1,0 +1,5 @@
+"""Allow ``python -m nervure.cli``."""
+
+from nervure.cli.main import main
+
+main()
