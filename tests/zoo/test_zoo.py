@@ -38,7 +38,7 @@ def test_there_are_the_properties_that_break_naive_methods():
 @pytest.mark.parametrize("name", zoo.names())
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 8, 8), (13,), (5, 6)])
 def test_models_are_sized_to_the_data_or_refused(name, shape):
-    takes_images = len(shape) == 3 and not zoo.case(name).tags.isdisjoint({"conv"}) or name == "vit"
+    takes_images = (len(shape) == 3 and not zoo.case(name).tags.isdisjoint({"conv"})) or name == "vit"
     fits = {
         3: (takes_images and not (name == "lenet" and shape[1] < 12)) or name in ("mlp", "lenet-300-100"),
         2: name in ("mlp", "lenet-300-100", "lstm", "gru", "encoder"),
