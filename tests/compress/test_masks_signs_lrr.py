@@ -59,3 +59,11 @@ def test_perturbed_signs_keep_magnitudes_and_the_original():
     assert torch.equal(net.weight, before)
     assert torch.equal(hurt.weight.abs(), before.abs())
     assert float((hurt.weight != before).double().mean()) == pytest.approx(0.2, abs=0.02)
+
+
+def test_pruned_inputs_stay_pruned_along_the_flow():
+    a, w = torch.tensor([0.5], dtype=torch.float64), torch.tensor([[0.1, 0.4]], dtype=torch.float64)
+    kept = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
+    _, after = neuron_flow(a, w, kept=kept, steps=50)
+    assert after[0, 0] == 0
+    assert after[0, 1] != 0.4
