@@ -64,7 +64,7 @@ def _peer(repeats: int) -> float | None:
     if not PEER.exists():
         return None
     code = _PEER_CODE.format(each=ELEMENTS // TENSORS, tensors=TENSORS, repeats=repeats)
-    done = subprocess.run([str(PEER), "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(PEER), "-P", "-c", code], capture_output=True, text=True, check=False)
     return float(json.loads(done.stdout)) if done.returncode == 0 else None
 
 

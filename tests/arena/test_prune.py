@@ -7,6 +7,7 @@ from torch import nn
 from nervure._kit import BadModel, CouldNotRun, UnknownId, Unsupported, UsageError
 from nervure.arena import measure, prune
 from nervure.core import modules
+from nervure.core.calibration import calibration_error
 from nervure.data import load
 from nervure.spec import Job, Notes
 
@@ -143,8 +144,8 @@ def test_models_that_do_not_fit_are_refused_before_any_job(mine):
 def test_calibration_error_of_known_scores():
     scores = torch.tensor([[10.0, -10.0], [10.0, -10.0], [0.0, 0.0], [0.0, 0.0]])
     right = torch.tensor([0, 0, 0, 1])
-    assert prune.calibration_error(scores, right) == pytest.approx(0.0, abs=1e-6)
-    assert prune.calibration_error(scores, 1 - right) == pytest.approx(0.5, abs=1e-6)
+    assert calibration_error(scores.softmax(-1), right) == pytest.approx(0.0, abs=1e-6)
+    assert calibration_error(scores.softmax(-1), 1 - right) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_unknown_targets_are_refused():

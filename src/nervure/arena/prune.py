@@ -15,6 +15,7 @@ from nervure import zoo
 from nervure._kit import BadModel, CouldNotRun, UnknownId, Unsupported, UsageError, did_you_mean
 from nervure.catalogue import family
 from nervure.core import Meter, factory, forward, modules, rng
+from nervure.core.calibration import calibration_error
 from nervure.core.cost import cost
 from nervure.data import Splits, load
 from nervure.learn import Loop, accuracy, cross_entropy
@@ -275,7 +276,7 @@ def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: f
     kept = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
     found = {
         "accuracy": float((scores.argmax(-1) == data.test_y).double().mean()),
-        "calibration_error": calibration_error(scores, data.test_y),
+        "calibration_error": calibration_error(scores.softmax(-1), data.test_y),
         "validation": validation,
         "rate": rate,
         "weights": kept,
@@ -285,25 +286,6 @@ def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: f
         "bytes": spent.bytes,
     }
     notes.measurements += [Measurement(arm=arm, metric=name, value=float(value)) for name, value in found.items()]
-
-
-def calibration_error(scores: Tensor, y: Tensor, *, bins: int = 15) -> float:
-    """Return the expected calibration error: the mean gap of confidence and accuracy over confidence bins.
-
-    Args:
-        scores: Class scores, shape (N, classes).
-        y: Labels.
-        bins: Number of bins of equal width.
-
-    Returns:
-        A number in [0, 1].
-    """
-    confidence, guess = scores.softmax(-1).max(-1)
-    right = (guess == y).double()
-    place = (confidence * bins).long().clamp(max=bins - 1)
-    gap = torch.zeros(bins, dtype=torch.float64)
-    gap.index_add_(0, place, right - confidence.double())
-    return float(gap.abs().sum() / len(y))
 
 
 def load_data(spec: str, *, seed: int, limit: Any = None) -> Splits:
