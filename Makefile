@@ -8,7 +8,7 @@ PIP_OPTIONS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data test lint types floors tests bench docs index format clean
+.PHONY: help install demo data test lint types floors tests bench bench-peers docs index format clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,11 @@ tests: install
 
 index: install  ## rebuild the committed index of cards
 	$(BIN)/python -m nervure.catalogue.build
+
+bench-peers:  ## the environment of the benchmarks' peers, apart from ours
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q $(PIP_OPTIONS) "torch==2.13.0" numpy scipy
+	.venv-bench/bin/pip install -q $(PIP_OPTIONS) --no-deps -r bench/peers-curvature.txt ivon-opt==0.1.3
 
 bench: install  ## side-by-side benchmarks with printed ratios
 	$(BIN)/python -m bench

@@ -47,24 +47,24 @@ class Noise:
 
 
 def cut(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut parameters into consecutive parts of at most `BLOCK` elements, or of one parameter.
+    """Cut the trainable parameters into parts of one device and type and at most `BLOCK` elements, or one parameter.
 
     Args:
-        params: Parameters of one device and type.
+        params: The parameters of a group.
 
     Yields:
         The parts.
     """
-    part: list[Tensor] = []
-    size = 0
+    open_parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
-        if part and size + p.numel() > BLOCK:
+        if not p.requires_grad:
+            continue
+        part = open_parts.setdefault((p.device, p.dtype), [])
+        if part and sum(other.numel() for other in part) + p.numel() > BLOCK:
             yield part
-            part, size = [], 0
+            part = open_parts[p.device, p.dtype] = []
         part.append(p)
-        size += p.numel()
-    if part:
-        yield part
+    yield from open_parts.values()
 
 
 class Block:

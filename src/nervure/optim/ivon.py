@@ -80,7 +80,8 @@ class IVON(torch.optim.Optimizer):
         UsageError: If a number is outside its range.
 
     Example:
-        >>> net, x, y = nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3, (16,))
+        >>> from torch.nn import functional as F
+        >>> net, x, y = torch.nn.Linear(4, 3), torch.randn(16, 4), torch.randint(3, (16,))
         >>> optimizer = IVON(net.parameters(), lr=0.1, ess=16)
         >>> for _ in range(5):
         ...     optimizer.zero_grad()
@@ -193,14 +194,12 @@ class IVON(torch.optim.Optimizer):
         kept, self._noise = self._noise, Noise(seed)
         try:
             with torch.no_grad():
-                total: Tensor | None = None
+                total = torch.zeros(())
                 for _ in range(samples):
                     with self.sample():
-                        value = function()
-                    total = value.clone() if total is None else total.add_(value)
+                        total = function() + total
         finally:
             self._noise = kept
-        assert total is not None
         return total / samples
 
     def variance(self, parameter: Tensor) -> Tensor:
@@ -300,13 +299,7 @@ class IVON(torch.optim.Optimizer):
         found = [tuple(id(p) for p in group["params"] if p.requires_grad) for group in self.param_groups]
         if found == self._layout and self._blocks:
             return
-        blocks = []
-        for group in self.param_groups:
-            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-            for p in group["params"]:
-                if p.requires_grad:
-                    kinds.setdefault((p.device, p.dtype), []).append(p)
-            blocks += [Block(part, group, self.state) for same in kinds.values() for part in cut(same)]
+        blocks = [Block(part, group, self.state) for group in self.param_groups for part in cut(group["params"])]
         self._blocks, self._layout = blocks, found
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
