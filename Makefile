@@ -48,7 +48,7 @@ index: install  ## rebuild the committed index of cards
 bench-peers:  ## the environment of the benchmarks' peers, apart from ours
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install -q $(PIP_OPTIONS) "torch==2.13.0" numpy scipy
-	.venv-bench/bin/pip install -q $(PIP_OPTIONS) --no-deps -r bench/peers-curvature.txt ivon-opt==0.1.3
+	.venv-bench/bin/pip install -q $(PIP_OPTIONS) --no-deps -r bench/peers.txt
 
 bench: install  ## side-by-side benchmarks with printed ratios
 	$(BIN)/python -m bench

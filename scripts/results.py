@@ -43,17 +43,20 @@ def measure(claim_id: str) -> None:
 
 
 def figures(verdict: dict) -> str:
-    """Return each check's interval in one line."""
+    """Return each check's interval in one line, bounds on a value in the value's own sign."""
     parts = []
     for check in verdict["checks"]:
-        low, mean, high = (f"{check[key]:.4g}" if check[key] is not None else "n/a" for key in ("low", "mean", "high"))
-        parts.append(f"{check['name']}: {mean} [{low}, {high}] against {check['margin']:g}, {check['outcome']}")
+        turned = check["control"] is None and check["better"] == "lower"
+        ends = [check[key] for key in (("high", "mean", "low") if turned else ("low", "mean", "high"))]
+        low, mean, high = ("n/a" if end is None else f"{-end if turned else end:.4g}" for end in ends)
+        asked = f"at most {-check['margin']:g}" if turned else f"at least {check['margin']:g}"
+        parts.append(f"{check['name']}: {mean} [{low}, {high}], {asked}: {check['outcome']}")
     return "; ".join(parts)
 
 
 def table() -> str:
     """Return the Markdown table of all results."""
-    head = "| claim | verdict | checks: mean [95% interval] against margin | seeds | minutes |"
+    head = "| claim | verdict | checks: mean [95% interval], what is asked: outcome | seeds | minutes |"
     lines = [head, "|---|---|---|---|---|"]
     for path in sorted(RESULTS.glob("*.*.json")):
         data = json.loads(path.read_text(encoding="utf-8"))

@@ -144,7 +144,7 @@ def test_trunk_trains_through_the_head():
         loss = head(trunk(x), y)
         loss.backward()
         optimizer.step()
-        head.step(1.0)
+        head.step(0.1)  # ten times less than where plain SGD on this loss becomes unstable
     assert float(loss.detach()) < start - 0.5
     dense = ZLoss(1.0, 5.0)(trunk(x) @ head.weight.T, y)
     torch.testing.assert_close(head(trunk(x), y), dense, rtol=1e-4, atol=1e-5)

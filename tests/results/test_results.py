@@ -20,7 +20,9 @@ CHEAP = ("masks-signs-lrr/single-neuron", "robust-prune-init/layer-scores", "rob
 
 
 def stored(claim_id):
-    return json.loads((FOLDER / f"{claim_id.replace('/', '.')}.json").read_text(encoding="utf-8"))
+    path = FOLDER / f"{claim_id.replace('/', '.')}.json"
+    assert path.exists(), f"{claim_id} was never measured: python scripts/results.py {claim_id}"
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("claim_id", CLAIMS)

@@ -14,7 +14,7 @@ class NervureError(Exception):
         found: What was there instead.
         try_: What to do next.
 
-    Example:
+    Examples:
         >>> str(NervureError("the batch has the wrong shape", expected="(N, 784)", found="(N, 10)", try_="flatten it"))
         'the batch has the wrong shape. Expected (N, 784); found (N, 10). Try: flatten it.'
     """

@@ -16,7 +16,7 @@ def seconds_text(seconds: float) -> str:
     Returns:
         For example ``'0.3 s'``, ``'42 s'``, ``'3 min 05 s'``.
 
-    Example:
+    Examples:
         >>> seconds_text(185)
         '3 min 05 s'
     """
@@ -39,7 +39,7 @@ def bytes_text(count: float) -> str:
     Returns:
         For example ``'1.1 MB'``.
 
-    Example:
+    Examples:
         >>> bytes_text(1_064_960)
         '1.1 MB'
     """
@@ -60,7 +60,7 @@ def did_you_mean(word: str, known: Iterable[str], *, most: int = 3) -> list[str]
     Returns:
         The nearest known words, best first; empty when none is near.
 
-    Example:
+    Examples:
         >>> did_you_mean("lotery-tiket", ["lottery-ticket", "ewc"])
         ['lottery-ticket']
     """

@@ -106,7 +106,7 @@ def get(name: str) -> Entry:
     Raises:
         UnknownId: With the nearest ids.
 
-    Example:
+    Examples:
         >>> get("ewc").card["family"]
         'adapt'
     """

@@ -94,7 +94,8 @@ def show(paper: str, *, as_json: Json = False) -> int:
         return 0
     card = entry.card
     print(f"{card['title']} ({card['year'] or 'year unknown'})")
-    print(f"{entry.id} · paper {card['n']} · {card['family']}{' · ' + card['link'] if card['link'] else ''}\n")
+    number = f"paper {card['n']}" if card["n"] else None
+    print(" · ".join(part for part in (entry.id, number, card["family"], card["link"]) if part) + "\n")
     print(textwrap.fill(card["summary"], 100))
     if not entry.runnable:
         print("\nNot yet runnable: the paper is in the catalogue, its method is not in this version.")

@@ -134,11 +134,13 @@ def _print_verdict(ran: Ran) -> None:
     console, verdict = Console(), ran.verdict
     console.print(f"\n[bold]{verdict.claim_id}[/]: [bold]{verdict.outcome}[/]" + " (rehearsal)" * verdict.quick)
     console.print(verdict.statement, markup=False)
-    checks = Table("check", "outcome", "mean", "95% interval", "margin", "seeds")
+    checks = Table("check", "outcome", "mean", "95% interval", "asked", "seeds")
     for result in verdict.checks:
-        span = f"{_number(result.low)} to {_number(result.high)}"
-        margin = _number(result.check.margin)
-        checks.add_row(result.check.name, str(result.outcome), _number(result.mean), span, margin, str(result.n))
+        reading = result.reading
+        span = f"{_number(reading.low)} to {_number(reading.high)}"
+        checks.add_row(
+            result.check.name, str(result.outcome), _number(reading.mean), span, reading.asked, str(result.n)
+        )
     console.print(checks)
     metrics = list(dict.fromkeys(result.check.metric for result in verdict.checks))
     arms = Table("arm", "metric", "mean", "95% interval", "seeds")

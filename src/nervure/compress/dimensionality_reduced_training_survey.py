@@ -66,7 +66,7 @@ class Compressor:
         selector: How the trained coordinates are chosen.
         carrier: ``"zero"`` prunes the others, ``"init"`` freezes them at their start.
 
-    Example:
+    Examples:
         >>> from nervure.testing import toy_task
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> frozen = Compressor(selector="sensitivity", carrier="init").fit(
@@ -125,7 +125,7 @@ class RandomSubspace(nn.Module):
         BadBudget: If the dimension is not between 1 and the number of trainable parameters.
         Unsupported: If the model has no trainable parameter.
 
-    Example:
+    Examples:
         >>> net = RandomSubspace(nn.Linear(8, 2), dimension=3, seed=0)
         >>> [tuple(p.shape) for p in net.parameters() if p.requires_grad]
         [(3,)]

@@ -57,7 +57,7 @@ class LotteryTicket:
         rewind_step: Step of the first training to rewind to; 0 is the initialisation, later steps are needed for
             deep networks.
 
-    Example:
+    Examples:
         In your own loop, with a task that says how you train:
 
         >>> from nervure.testing import toy_task

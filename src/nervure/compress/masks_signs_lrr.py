@@ -54,7 +54,7 @@ class LearningRateRewinding:
     Args:
         rate: Share of survivors dropped a round, in (0, 1).
 
-    Example:
+    Examples:
         >>> from nervure.testing import toy_task
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> small = LearningRateRewinding(rate=0.5).fit(net, toy_task(), Budget(target=0.25, steps=30), seed=0)

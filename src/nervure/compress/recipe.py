@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -166,7 +166,7 @@ class Recipe:
         Returns:
             At least 1.
 
-        Example:
+        Examples:
             >>> Recipe(name="tickets", rate=0.2).rounds(0.05)
             14
         """
@@ -330,6 +330,7 @@ class ClaimTask:
         ctx: The claim's context.
         data: The data set.
         cosine: Whether each training anneals its learning rate to zero by a cosine; constant otherwise.
+        optimizer: From parameters to the optimizer of each training; the context's own when None.
         hooks: From (model, number of the training) to the training's hooks.
     """
 
@@ -339,9 +340,10 @@ class ClaimTask:
         data: Data,
         *,
         cosine: bool = False,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
         hooks: Callable[[nn.Module, int], list[object]] | None = None,
     ) -> None:
-        self.ctx, self.data, self.cosine, self.hooks = ctx, data, cosine, hooks
+        self.ctx, self.data, self.cosine, self.optimizer, self.hooks = ctx, data, cosine, optimizer, hooks
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Return `count` calibration batches of 256 samples, the same ones at every call."""
@@ -364,6 +366,7 @@ class ClaimTask:
             model,
             self.data,
             steps=steps,
+            optimizer=self.optimizer,
             schedule=(lambda made: CosineAnnealingLR(made, steps)) if self.cosine else None,
             hooks=[*hooks, *_after(after_step)],
         )

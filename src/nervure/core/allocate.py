@@ -120,7 +120,7 @@ def uniform_densities(sizes: Mapping[str, int], *, density: float, head: str | N
     Returns:
         Name -> share to keep.
 
-    Example:
+    Examples:
         >>> shares = uniform_densities({"a": 1000, "head": 100}, density=0.1, head="head", rounds=4)
         >>> round(1000 * shares["a"] + 100 * shares["head"])
         110

@@ -38,7 +38,7 @@ def cut(model: nn.Module, *, parts: Sequence[Part | Sequence[Part]] | None = Non
         Unsupported: If the forward cannot be traced or nowhere goes through one tensor.
         UsageError: If `parts` names a module the model does not have.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
         >>> len(cut(net))
         3

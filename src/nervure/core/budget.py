@@ -25,7 +25,7 @@ class Meter:
         *models: Models whose passes are counted.
         track_saved: Whether to count saved bytes, which costs time at every operation.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(4, 2)
         >>> with Meter(model) as meter:
         ...     model(torch.randn(3, 4)).sum().backward()

@@ -56,7 +56,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
     Returns:
         The counts.
 
-    Example:
+    Examples:
         >>> cost(nn.Linear(8, 4), torch.ones(1, 8)).macs
         32
     """

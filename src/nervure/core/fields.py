@@ -39,7 +39,7 @@ def gradient(model: Callable[..., Any], x: Tensor) -> Tensor:
     Returns:
         Shape (N, out, in); detached where the caller has gradients switched off.
 
-    Example:
+    Examples:
         >>> gradient(lambda x: x**2, torch.tensor([[3.0]])).tolist()
         [[[6.0]]]
     """

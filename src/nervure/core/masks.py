@@ -38,7 +38,7 @@ def attach(model: nn.Module, masks: Mapping[str, Tensor], *, carriers: Mapping[s
         UnknownId: If the model has no parameter of a name.
         BadData: If a mask has another shape than its parameter.
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 1)
         >>> attach(net, {"weight": torch.tensor([[True, False, True]])})
         >>> net.weight[0, 1].item() == 0

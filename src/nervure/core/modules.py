@@ -63,7 +63,7 @@ def weights(model: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         Name -> parameter, in the order of `named_parameters`.
 
-    Example:
+    Examples:
         >>> list(weights(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))))
         ['0.weight', '2.weight']
     """
@@ -139,7 +139,7 @@ def replace_modules(
     Raises:
         NoEffect: If the rule matched nothing.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
         >>> replace_modules(net, lambda name, module: nn.Tanh() if isinstance(module, nn.ReLU) else None)
         ['1']

@@ -40,7 +40,7 @@ class PerSample:
     Raises:
         UsageError: If the budget is not positive.
 
-    Example:
+    Examples:
         >>> model, batch = nn.Linear(3, 2), (torch.randn(5, 3), torch.zeros(5, 2))
         >>> gradients = PerSample(model, batch, nn.functional.mse_loss).gradients(batch)
         >>> gradients["weight"].shape

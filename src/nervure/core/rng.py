@@ -20,7 +20,7 @@ def seed_for(*tags: object) -> int:
     Returns:
         The seed, the same in every process.
 
-    Example:
+    Examples:
         >>> seed_for("order", 3) == seed_for("order", 3) != seed_for("order", 4)
         True
     """

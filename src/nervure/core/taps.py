@@ -56,7 +56,7 @@ def tap(model: nn.Module, names: Iterable[str], *, detach: bool = True) -> Itera
     Raises:
         NoEffect: If the model has no module of a name.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
         >>> with tap(net, ["0"]) as seen:
         ...     _ = net(torch.ones(1, 3))

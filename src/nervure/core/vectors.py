@@ -25,7 +25,7 @@ def select(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, nn
     Raises:
         UsageError: If a name matches nothing, or nothing is left.
 
-    Example:
+    Examples:
         >>> list(select(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)), ["1"]))
         ['1.weight', '1.bias']
     """
@@ -94,7 +94,7 @@ def unflatten(vector: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         UsageError: If P does not fit.
 
-    Example:
+    Examples:
         >>> like = {"w": torch.zeros(2, 3), "b": torch.zeros(2)}
         >>> unflatten(torch.arange(8.0), like)["b"]
         tensor([6., 7.])

@@ -66,7 +66,7 @@ def load(spec: str, *, seed: int = 0, train: int | None = None, test: int | None
     Returns:
         The splits.
 
-    Example:
+    Examples:
         >>> load("digits", seed=1, test=300).test_x.shape
         torch.Size([300, 1, 8, 8])
     """

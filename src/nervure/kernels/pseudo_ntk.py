@@ -22,6 +22,8 @@ CARD = Card(
     id="pseudo-ntk",
     n=126,
     title="A Fast, Well-Founded Approximation to the Empirical Neural Tangent Kernel",
+    year=2022,
+    link="https://arxiv.org/abs/2206.12543",
     family="kernels",
     summary=(
         "The NTK of the sum of the outputs divided by sqrt(O) stands in for the kernel between all pairs of outputs; "
@@ -66,7 +68,7 @@ def pntk(
     Returns:
         The kernel, shape (N, M), as a sum over parameters.
 
-    Example:
+    Examples:
         >>> pntk(nn.Linear(3, 10), torch.randn(4, 3)).full.shape
         torch.Size([4, 4])
     """
@@ -110,7 +112,7 @@ def pntk_error(model: nn.Module, x: Any, *, outputs_drawn: int = 8, seed: int = 
     Raises:
         UsageError: If fewer than two outputs are asked for.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 64), nn.ReLU(), nn.Linear(64, 4))
         >>> error = pntk_error(net, torch.randn(6, 3))
         >>> error.exact, 0 < error.relative < 2

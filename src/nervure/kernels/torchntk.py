@@ -22,6 +22,8 @@ CARD = Card(
     id="torchntk",
     n=108,
     title="TorchNTK: A Library for Calculation of Neural Tangent Kernels of PyTorch Models",
+    year=2022,
+    link="https://arxiv.org/abs/2205.12372",
     family="kernels",
     summary=(
         "The empirical neural tangent kernel K = J J' of a PyTorch model as a sum of parts, one for each parameter, "
@@ -85,7 +87,7 @@ def entk(
     Raises:
         UsageError: If an option is unknown or the block is not positive.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
         >>> kernel = entk(net, torch.randn(5, 3))
         >>> kernel.full.shape, list(kernel.components())[:2]

@@ -50,7 +50,7 @@ class Loop:
         BadData: If inputs and targets differ in length.
         BadBudget: If a size is not positive.
 
-    Example:
+    Examples:
         >>> x, y = torch.randn(64, 8), torch.randint(3, (64,))
         >>> model = nn.Linear(8, 3)
         >>> loop = Loop(model, torch.optim.SGD(model.parameters(), lr=0.1), (x, y), batch_size=16)

@@ -78,7 +78,7 @@ class MonoForward:
         Unsupported: If the network cannot be cut, is one block, or shares a parameter between blocks.
         UsageError: If an option is unknown.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 3))
         >>> x, y = torch.randn(64, 8), torch.arange(64) % 3
         >>> rule = MonoForward(net, x)

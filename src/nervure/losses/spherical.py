@@ -16,7 +16,7 @@ SphericalLoss = Callable[[Tensor, Tensor, Tensor, int], Sloped]
 """From (sum o, sum o^2, o_c, number of classes), each of shape (N,), to the losses and their three slopes."""
 
 # U is checked against its inverse every so many steps; S and Q are computed anew every so many.
-_CHECK_EVERY, _RENEW_EVERY = 50, 10_000
+_CHECK_EVERY, _RENEW_EVERY = 10, 10_000
 _LARGEST = 1e3
 
 
@@ -72,7 +72,7 @@ class SphericalLinear(nn.Module):
         dtype: Type of V; the d x d factors have at least single precision.
         generator: Source of the initial weights, uniform within 1 / sqrt(d) of zero.
 
-    Example:
+    Examples:
         >>> from nervure.losses.z_loss import ZLoss
         >>> head = SphericalLinear(8, 1000, loss=ZLoss().spherical)
         >>> h = torch.randn(4, 8, requires_grad=True)
@@ -184,20 +184,23 @@ class SphericalLinear(nn.Module):
         if not done:
             raise UsageError("there is no gradient to step with", try_="head(h, target).backward() first")
         parts = done[0] if len(done) == 1 else [torch.cat(part) for part in zip(*done, strict=True)]
-        H, target, rows, HQ, a_s, a_q, a_c = parts
+        H, target, rows, HQ, hS, a_s, a_q, a_c = parts
         keep = 1 - lr * weight_decay
-        # W <- W B - lr (1 g' + E): B = keep (I - X H), E the rows a_c h' at the targets.
-        X = H.T * (2 * lr / keep * a_q)
-        middle = torch.mm(H, X).neg_()
+        # W <- W B - lr (1 g' + E): B = keep (I - H' diag(c) H), E the rows a_c h' at the targets.
+        c = 2 * lr / keep * a_q
+        middle = (H @ H.T).mul_(-c)
         middle.diagonal().add_(1)
-        # By Woodbury B^-1 = (I + X middle^-1 H) / keep, so the new inverse needs only H times the old one.
+        # By Woodbury B^-1 = (I + H' diag(c) middle^-1 H) / keep, so the new inverse needs only H times the old one.
         solved, info = torch.linalg.solve_ex(middle, H @ self.inverse)
         if int(info) or not math.isfinite(float(solved.sum())):
             raise Diverged(self.steps, float("inf"), try_="a lower learning rate")
-        self._update_moments(H, target, rows, HQ, a_s, a_q, a_c, lr, keep)
+        sums = H.T @ torch.stack([a_s, a_c, a_q * hS, c * (H @ self.shift)], 1)
+        g, e, s, w = sums.unbind(1)
+        self._update_moments(H, target, rows, HQ, (a_s, a_q, a_c), (g, e, s), lr, keep)
+        X = H.T * c
         self.U.addmm_(self.U @ X, H, beta=keep, alpha=-keep)
         self.inverse.addmm_(X, solved, beta=1 / keep, alpha=1 / keep)
-        self.shift = keep * (self.shift - H.T @ (X.T @ self.shift)) - lr * (H.T @ a_s)
+        self.shift = keep * (self.shift - w) - lr * g
         self.V.index_add_(0, target, ((-lr / keep * a_c)[:, None] * solved).to(self.V.dtype))
         self.steps += 1
         if self.steps % _CHECK_EVERY == 0:
@@ -209,25 +212,20 @@ class SphericalLinear(nn.Module):
         target: Tensor,
         rows: Tensor,
         HQ: Tensor,
-        a_s: Tensor,
-        a_q: Tensor,
-        a_c: Tensor,
+        slopes: tuple[Tensor, Tensor, Tensor],
+        sums: tuple[Tensor, Tensor, Tensor],
         lr: float,
         keep: float,
     ) -> None:
         """Change S and Q as the step changes W; Q by H'Y + Y'H, with everything of rank m in Y."""
         D = len(self.V)
-        g, e = H.T @ a_s, H.T @ a_c
-
-        def shrink(x: Tensor) -> Tensor:
-            return torch.addmm(x, (x @ H.T) * a_q, H, beta=keep, alpha=-2 * lr)
-
-        S = shrink(self.S[None])[0]
+        (a_s, a_q, a_c), (g, e, s) = slopes, sums
+        S = keep * self.S - 2 * lr * s
+        half = torch.addcmul(a_q[:, None] * HQ, a_c[:, None], rows)
+        pairs = (half @ H.T).mul_(a_q)
         # Within a batch samples of one class share a row, so E'E has a term for each such pair.
-        pairs = (HQ @ H.T).mul_(a_q[:, None] * a_q)
-        pairs += (target[:, None] == target) * (a_c[:, None] * (a_c / 4))
-        Y = torch.addmm((-2 * lr * keep * a_q)[:, None] * HQ, pairs, H, alpha=2 * lr**2)
-        Y.addcmul_(a_c[:, None], shrink(rows), value=-lr)
+        pairs += torch.outer(a_c, a_c / 4).mul_(target[:, None] == target)
+        Y = torch.addcmul(half, a_q[:, None], HQ).addmm_(pairs, H, beta=-lr * keep, alpha=2 * lr**2)
         Y.addr_(a_s, lr**2 * (D / 2 * g + e) - lr * S)
         change = H.T @ Y
         self.Q.mul_(keep**2).add_(change).add_(change.T)
@@ -247,18 +245,24 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, target: Tensor, head: SphericalLinear) -> Tensor:
-        rows = torch.addmm(head.shift, head.V[target].to(h.dtype), head.U)
-        HQ = h @ head.Q
-        parts = h @ head.S, torch.linalg.vecdot(HQ, h), torch.linalg.vecdot(rows, h)
-        losses, *slopes = head.loss(*parts, len(head.V))
-        ctx.head, ctx.S = head, head.S
-        ctx.save_for_backward(h, target, rows, HQ, *(torch.as_tensor(slope).expand_as(losses) for slope in slopes))
+        Q, S = head.Q, head.S
+        rows = torch.addmm(head.shift, head.V.index_select(0, target).to(h.dtype), head.U)
+        HQ, hS = h @ Q, h @ S
+        losses, *slopes = head.loss(hS, (HQ * h).sum(1), (rows * h).sum(1), len(head.V))
+        ctx.head, ctx.S = head, S
+        ctx.save_for_backward(h, target, rows, HQ, hS, _rows(slopes, losses))
         return losses.mean()
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        h, target, rows, HQ, *slopes = ctx.saved_tensors
-        a_s, a_q, a_c = torch.stack(slopes).to(h.dtype) * (outer[0] / len(h))
-        ctx.head._pending.append((h, target, rows, HQ, a_s, a_q, a_c))
+        h, target, rows, HQ, hS, slopes = ctx.saved_tensors
+        a_s, a_q, a_c = slopes * (outer[0] / len(h))
+        ctx.head._pending.append((h, target, rows, HQ, hS, a_s, a_q, a_c))
         grad = torch.addcmul((2 * a_q)[:, None] * HQ, a_c[:, None], rows).addr_(a_s, ctx.S)
         return grad, None, None
+
+
+def _rows(slopes: list[Tensor | float], like: Tensor) -> Tensor:
+    """Return the three slopes as rows, numbers spread over the samples."""
+    whole = (slope if isinstance(slope, Tensor) else like.new_full(like.shape, slope) for slope in slopes)
+    return torch.stack([slope.to(like.dtype) for slope in whole])

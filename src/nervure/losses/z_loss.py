@@ -77,7 +77,7 @@ def zloss(
     Raises:
         UsageError: If `a` or a shape does not fit.
 
-    Example:
+    Examples:
         >>> logits, target = torch.randn(4, 10), torch.tensor([1, 2, 3, 4])
         >>> bool((zloss(3 * logits + 7, target) - zloss(logits, target)).abs() < 1e-5)
         True
@@ -128,7 +128,7 @@ class ZLoss(nn.Module):
     Raises:
         UsageError: If `a` is not positive.
 
-    Example:
+    Examples:
         >>> ZLoss(a=0.5, b=3.0)(torch.randn(4, 10), torch.tensor([1, 2, 3, 4])).ndim
         0
     """

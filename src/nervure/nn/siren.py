@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,6 +13,7 @@ from nervure._kit import UsageError
 from nervure.core import forward, masks
 from nervure.core.fields import Gradient, gradient, laplacian, relative_error
 from nervure.nn import sine_graph
+from nervure.nn._siren_trial import Build, Fourier, Waves, fit, grid, mlp, sample_image
 from nervure.nn.sine_graph import Sine, initialise_
 from nervure.spec import Card, Check, Ctx, claim
 
@@ -62,7 +60,7 @@ class SineLayer(nn.Module):
         first: Whether the input is the coordinates themselves and not another layer's sines.
         bias: Whether there is a bias.
 
-    Example:
+    Examples:
         >>> SineLayer(2, 64, first=True)(torch.zeros(5, 2)).shape
         torch.Size([5, 64])
     """
@@ -104,7 +102,7 @@ class Siren(nn.Module):
     Raises:
         UsageError: If the number of layers or frequencies is wrong.
 
-    Example:
+    Examples:
         >>> Siren(2, 3, hidden=64, layers=3, omega_0=(30.0, 30.0, 10.0))(torch.rand(5, 2)).shape
         torch.Size([5, 3])
     """
@@ -151,7 +149,7 @@ def sine_(model: nn.Module, *, omega_0: float = 30.0, generator: torch.Generator
     Returns:
         The same model.
 
-    Example:
+    Examples:
         >>> net = sine_(nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1)))
         >>> net[1]
         Sine(omega=30)
@@ -197,79 +195,10 @@ def _masks(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
     return [(named[name], mask) for name, mask in masks.read(model).items()]
 
 
-class _Fourier(nn.Module):
-    """Give [sin, cos](2 pi B x) with B drawn normal: the strong rival's input features."""
-
-    def __init__(self, scale: float, count: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.frequencies: Tensor
-        self.register_buffer("frequencies", scale * torch.randn(2, count, generator=generator))
-
-    def forward(self, x: Tensor) -> Tensor:
-        phase = 2 * math.pi * x @ self.frequencies
-        return torch.cat([phase.sin(), phase.cos()], -1)
-
-
-def _mlp(ctx: Ctx, activation: Callable[[], nn.Module], *, inputs: int = 2, width: int = 64) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(ctx.seed_for("mlp"))
-        for count in (inputs, width, width):
-            layers += [nn.Linear(count, width), activation()]
-        return nn.Sequential(*layers, nn.Linear(width, 1))
-
-
-def _siren(ctx: Ctx, layers: int = 3, width: int = 64) -> Siren:
+def _siren(ctx: Ctx, layers: int = 3, width: int = 64, omega_0: float = 30.0) -> Siren:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(ctx.seed_for("siren"))
-        return Siren(2, 1, hidden=width, layers=layers)
-
-
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-Build = Callable[[], nn.Module]
-
-
-def _fit(ctx: Ctx, build: Build, x: Tensor, y: Tensor, *, steps: int, wrap: Any = None) -> tuple[nn.Module, float]:
-    """Fit with the rate that is best after a quarter of the steps; return the network and that early error."""
-    data: Any = SimpleNamespace(train_x=x, train_y=y)
-
-    def run(rate: float, count: int) -> tuple[nn.Module, float]:
-        net = build()
-        seen = wrap(net) if wrap else net
-        ctx.train(
-            seen,
-            data,
-            steps=count,
-            batch_size=len(x),
-            optimizer=lambda parameters: torch.optim.Adam(parameters, lr=rate),
-            loss=F.mse_loss,
-        )
-        return net, float(F.mse_loss(forward.predict(seen, x, batch=len(x)), y))
-
-    early = {rate: run(rate, steps // 4)[1] for rate in RATES}
-    best = min(early, key=early.__getitem__)
-    return run(best, steps)[0], early[best]
-
-
-def _grid(side: int) -> Tensor:
-    axis = torch.linspace(-1, 1, side)
-    return torch.cartesian_prod(axis, axis)
-
-
-def sample_image(side: int = 64) -> Tensor:
-    """Return the grey centre of scikit-learn's picture of a temple.
-
-    Args:
-        side: Height and width in pixels, at most 427.
-
-    Returns:
-        Shape (side, side), in [-1, 1].
-    """
-    from sklearn.datasets import load_sample_image
-
-    picture = load_sample_image("china.jpg").astype(np.float32).mean(-1) / 127.5 - 1
-    top, left = ((length - side) // 2 for length in picture.shape)
-    return torch.from_numpy(picture[top : top + side, left : left + side].copy())
+        return Siren(2, 1, hidden=width, layers=layers, omega_0=omega_0)
 
 
 @claim(
@@ -277,8 +206,15 @@ def sample_image(side: int = 64) -> Tensor:
     checks=(
         Check(name="a sine net fits far better than ReLU", method="siren", control="relu", metric="psnr", margin=15.0),
         Check(name="a sine net fits far better than tanh", method="siren", control="tanh", metric="psnr", margin=15.0),
+        Check(
+            name="with torch's initialisation it does not",
+            method="relu",
+            control="sine, default initialisation",
+            metric="psnr",
+            margin=-15.0,
+        ),
     ),
-    sabotage={"sine, default initialisation": "siren"},
+    sabotage={"sine, omega 1": "siren"},
     seeds=3,
     minutes=4,
 )
@@ -286,40 +222,29 @@ def image(ctx: Ctx) -> None:
     """A sine net with its initialisation fits an image at least 15 dB better than ReLU or tanh nets of its size.
 
     A 64x64 grey crop, three hidden layers of 64, 400 full-batch Adam steps; every arm takes the best of four
-    learning rates after 100 steps. ReLU with Fourier features of a tuned scale is measured as the strong rival, and
-    a sine net with torch's default initialisation must fail.
+    learning rates after 100 steps. ReLU with Fourier features of a tuned scale is measured as the strong rival. With
+    torch's default initialisation a sine net must stay within 15 dB of ReLU. Sabotage: frequency 1 instead of 30.
     """
     side, steps = ctx.scaled(64, 24), ctx.scaled(400, 40)
-    x, y = _grid(side), sample_image(side).reshape(-1, 1)
-    ctx.plan(steps * 2 * 5 + steps * 2 * 3)
+    x, y = grid(side), sample_image(side).reshape(-1, 1)
+    ctx.plan(steps * 2 * 9)
     arms: dict[str, Build] = {
         "siren": lambda: _siren(ctx),
-        "relu": lambda: _mlp(ctx, nn.ReLU),
-        "tanh": lambda: _mlp(ctx, nn.Tanh),
-        "sine, default initialisation": lambda: _mlp(ctx, Sine),
+        "relu": lambda: mlp(ctx, nn.ReLU),
+        "tanh": lambda: mlp(ctx, nn.Tanh),
+        "sine, default initialisation": lambda: mlp(ctx, Sine),
+        "sine, omega 1": lambda: _siren(ctx, omega_0=1.0),
     }
 
     def features(scale: float) -> Build:
-        return lambda: nn.Sequential(_Fourier(scale, 32, ctx.generator("fourier")), _mlp(ctx, nn.ReLU, inputs=64))
+        return lambda: nn.Sequential(Fourier(scale, 32, ctx.generator("fourier")), mlp(ctx, nn.ReLU, inputs=64))
 
-    fits = {arm: _fit(ctx, build, x, y, steps=steps)[0] for arm, build in arms.items()}
-    rivals = [_fit(ctx, features(scale), x, y, steps=steps) for scale in (0.5, 1.0, 2.0, 4.0)]
+    fits = {arm: fit(ctx, build, x, y, steps=steps)[0] for arm, build in arms.items()}
+    rivals = [fit(ctx, features(scale), x, y, steps=steps) for scale in (0.5, 1.0, 2.0, 4.0)]
     fits["relu + Fourier features"] = min(rivals, key=lambda pair: pair[1])[0]
     for arm, net in fits.items():
         error = float(F.mse_loss(forward.predict(net, x, batch=len(x)), y))
         ctx.measure(arm, psnr=10 * math.log10(4 / error))
-
-
-class _Waves:
-    """A band-limited field of unit variance with known derivatives: twelve plane waves of at most six periods."""
-
-    def __init__(self, generator: torch.Generator) -> None:
-        self.k = math.pi * torch.randint(-6, 7, (12, 2), generator=generator).float()
-        self.k[(self.k == 0).all(1)] = math.pi
-        self.phase = 2 * math.pi * torch.rand(12, generator=generator)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return (x @ self.k.T + self.phase).sin().sum(1, keepdim=True) / math.sqrt(6)
 
 
 @claim(
@@ -341,21 +266,21 @@ def derivatives(ctx: Ctx) -> None:
     Values found from gradients are compared up to a constant. The Laplacian's error is measured without a bound.
     """
     steps, side = ctx.scaled(400, 40), ctx.scaled(48, 20)
-    field = _Waves(ctx.generator("waves"))
-    x = _grid(side)
+    field = Waves(ctx.generator("waves"))
+    x = grid(side)
     points = torch.rand(2000, 2, generator=ctx.generator("points")) * 2 - 1
     slopes = gradient(field, x).detach()
     arms: dict[str, Build] = {
         "siren": lambda: _siren(ctx),
-        "relu": lambda: _mlp(ctx, nn.ReLU),
-        "tanh": lambda: _mlp(ctx, nn.Tanh),
-        "sine, default initialisation": lambda: _mlp(ctx, Sine),
+        "relu": lambda: mlp(ctx, nn.ReLU),
+        "tanh": lambda: mlp(ctx, nn.Tanh),
+        "sine, default initialisation": lambda: mlp(ctx, Sine),
     }
     ctx.plan(steps * 2 * 2 * len(arms))
     truth, true_slopes, true_bend = field(points), gradient(field, points).detach(), laplacian(field, points).detach()
     for arm, build in arms.items():
-        net, _ = _fit(ctx, build, x, field(x), steps=steps)
-        found, _ = _fit(ctx, build, x, slopes, steps=steps, wrap=Gradient)
+        net, _ = fit(ctx, build, x, field(x), steps=steps)
+        found, _ = fit(ctx, build, x, slopes, steps=steps, wrap=Gradient)
         with torch.no_grad():
             values = found(points)
             ctx.measure(

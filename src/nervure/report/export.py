@@ -29,7 +29,7 @@ def number(value: float) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> number(0.0123456), number(float("nan"))
         ('0.01235', 'n/a')
     """
@@ -180,7 +180,7 @@ def finite(value: Any) -> Any:
     Returns:
         The same structure.
 
-    Example:
+    Examples:
         >>> finite({"low": float("-inf"), "n": 1})
         {'low': None, 'n': 1}
     """

@@ -32,7 +32,7 @@ def svg(figure: Figure) -> str:
 
 
 def checks_plot(verdict: Verdict) -> str:
-    """Draw each check's interval relative to its margin: right of the line holds.
+    """Draw each check's interval beside the dashed line of what is asked.
 
     Args:
         verdict: The verdict.
@@ -44,14 +44,14 @@ def checks_plot(verdict: Verdict) -> str:
     figure = Figure(figsize=(7.2, 0.6 + 0.62 * max(1, len(shown))))
     axes = figure.subplots(len(shown) or 1, 1, squeeze=False)[:, 0]
     for ax, result in zip(axes, shown, strict=False):
-        seeds = list(result.differences.values())
-        ax.axvline(result.check.margin, color="#999999", lw=1, ls="--")
-        if math.isfinite(result.low) and math.isfinite(result.high):
-            ax.plot([result.low, result.high], [0, 0], color=_COLOURS[0], lw=3, solid_capstyle="butt", alpha=0.5)
-        ax.plot(seeds, [0] * len(seeds), "|", color=_COLOURS[2], ms=9)
-        ax.plot([result.mean], [0], "o", color=_COLOURS[0], ms=6)
+        reading = result.reading
+        ax.axvline(reading.bound, color="#999999", lw=1, ls="--")
+        if math.isfinite(reading.low) and math.isfinite(reading.high):
+            ax.plot([reading.low, reading.high], [0, 0], color=_COLOURS[0], lw=3, solid_capstyle="butt", alpha=0.5)
+        ax.plot(reading.seeds, [0] * len(reading.seeds), "|", color=_COLOURS[2], ms=9)
+        ax.plot([reading.mean], [0], "o", color=_COLOURS[0], ms=6)
         ax.set_yticks([])
-        ax.set_title(f"{result.check.name}: {result.outcome}", fontsize=8, loc="left")
+        ax.set_title(f"{result.check.name} ({reading.asked}): {result.outcome}", fontsize=8, loc="left")
         ax.tick_params(labelsize=7)
         for side in ("left", "right", "top"):
             ax.spines[side].set_visible(False)
@@ -73,7 +73,7 @@ def arms_plot(rows: Sequence[ArmRow], metric: str) -> str:
     figure = Figure(figsize=(7.2, 0.7 + 0.34 * max(1, len(shown))))
     ax = figure.subplots()
     for place, row in enumerate(reversed(shown)):
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = _COLOURS[(len(shown) - 1 - place) % len(_COLOURS)]  # as in the curves, where the first is on top
         finite = [value for value in row.values.values() if math.isfinite(value)]
         ax.plot(finite, [place] * len(finite), "|", color=colour, ms=9)
         if math.isfinite(row.low):

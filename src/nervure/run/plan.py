@@ -32,7 +32,7 @@ def plan_claim(
     Raises:
         UsageError: If there is no seed, or the time limit is not positive.
 
-    Example:
+    Examples:
         >>> [job.seed for job in plan_claim("snip/keeps-accuracy", seeds=3)]
         [0, 1, 2]
     """

@@ -30,7 +30,7 @@ def canonical_json(value: object) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> canonical_json({"b": 1, "a": (0.5, "x")})
         '{"a":[0.5,"x"],"b":1}'
     """

@@ -33,7 +33,7 @@ class Budget:
     Raises:
         BadBudget: If a number is outside its range.
 
-    Example:
+    Examples:
         >>> Budget(target=0.05, steps=800).metric
         'density'
     """

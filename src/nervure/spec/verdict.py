@@ -6,7 +6,7 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from nervure.spec.claim import Check
 
@@ -23,6 +23,26 @@ class Outcome(enum.StrEnum):
     def exit_code(self) -> int:
         """Return 0 for *holds*, 1 for everything that was not shown to hold."""
         return 0 if self is Outcome.HOLDS else 1
+
+
+class Reading(NamedTuple):
+    """Hold a check's numbers for display.
+
+    Args:
+        mean: Mean value or difference.
+        low: Lower end of the 95% interval.
+        high: Upper end of the 95% interval.
+        asked: What is asked of it, such as ``"at most 1.5"``.
+        bound: The number in it.
+        seeds: The values by seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+    asked: str
+    bound: float
+    seeds: tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +68,17 @@ class CheckResult:
     high: float
     differences: Mapping[int, float] = field(default_factory=dict)
     reason: str = ""
+
+    @property
+    def reading(self) -> Reading:
+        """Return the numbers as a reader expects them: a bound on a value in the value's own sign."""
+        if self.check.control is None and self.check.better == "lower":
+            seeds = tuple(-value for value in self.differences.values())
+            return Reading(
+                -self.mean, -self.high, -self.low, f"at most {-self.check.margin:g}", -self.check.margin, seeds
+            )
+        seeds = tuple(self.differences.values())
+        return Reading(self.mean, self.low, self.high, f"at least {self.check.margin:g}", self.check.margin, seeds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +124,7 @@ class Verdict:
                     "better": result.check.better,
                     "rule": result.check.rule,
                     "margin": result.check.margin,
+                    "asked": result.reading.asked,
                     "outcome": str(result.outcome),
                     "n": result.n,
                     "mean": _finite(result.mean),

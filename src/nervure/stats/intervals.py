@@ -35,7 +35,7 @@ def t_interval(differences: ArrayLike, *, level: float = LEVEL) -> Interval:
     Returns:
         The interval, shape (...).
 
-    Example:
+    Examples:
         >>> low, high = t_interval([0.8, 1.0, 1.2])[1:]
         >>> round(float(low), 3), round(float(high), 3)
         (0.503, 1.497)
@@ -67,7 +67,7 @@ def anytime_interval(differences: ArrayLike, *, level: float = LEVEL, effect_sca
     Returns:
         The interval, shape (...).
 
-    Example:
+    Examples:
         >>> low, high = anytime_interval([0.8, 1.0, 1.2, 0.9, 1.1, 1.0])[1:]
         >>> bool(t_interval([0.8, 1.0, 1.2, 0.9, 1.1, 1.0]).low > low > 0)
         True
@@ -109,7 +109,7 @@ def power(effect: ArrayLike, n: ArrayLike, *, level: float = LEVEL) -> Array:
     Returns:
         The probability, in the shape `effect` and `n` broadcast to.
 
-    Example:
+    Examples:
         >>> round(float(power(2.0, 5)), 2)
         0.91
     """

@@ -20,7 +20,7 @@ def holm(p_values: ArrayLike) -> Array:
     Returns:
         The adjusted p values, in the same order.
 
-    Example:
+    Examples:
         >>> holm([0.01, 0.04, 0.03]).tolist()
         [0.03, 0.06, 0.06]
     """
@@ -42,7 +42,7 @@ def sign_test(differences: ArrayLike, margin: float = 0.0) -> Array:
     Returns:
         The p values, shape (...); 1 where nothing is left.
 
-    Example:
+    Examples:
         >>> float(sign_test([0.1, 0.2, 0.3, 0.1, 0.4]))
         0.03125
     """

@@ -41,7 +41,7 @@ def decide(
     Returns:
         Intervals and codes, shape (...).
 
-    Example:
+    Examples:
         >>> decide([[1.0, 1.1, 0.9], [1.0, -1.1, 0.2]]).code.tolist()
         [1, 0]
     """

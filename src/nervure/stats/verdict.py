@@ -53,7 +53,7 @@ def verdict(claim: Claimed, records: Sequence[Record], *, quick: bool = False, u
     Returns:
         The verdict.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> from nervure.spec import Job, Measurement, Record, Status
         >>> check = Check(name="better than nothing", method="ours", control="none", metric="accuracy")

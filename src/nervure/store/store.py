@@ -35,7 +35,7 @@ class Store:
         engine: The engine of a database at the newest revision.
         silence: Seconds after which a lease that is not renewed is dead. The store renews its own from a thread.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from nervure.spec import Job, Record, Status
         >>> job = Job(target="claim:snip/keeps-accuracy", arm="*", case="lenet", seed=0)

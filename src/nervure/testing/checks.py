@@ -139,7 +139,7 @@ def untouched(*models: nn.Module) -> Iterator[None]:
     Raises:
         Broken: Naming what changed; process-wide settings are put right first, so that other tests do not suffer.
 
-    Example:
+    Examples:
         >>> with untouched(nn.Linear(2, 1)):
         ...     torch.manual_seed(3)
         Traceback (most recent call last):

@@ -36,7 +36,7 @@ def markdown(refused: table.Table, rows: Iterable[tuple[str, str]]) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> text = markdown({"snip": {"lstm": "no hook"}}, [("pruner", "snip")])
         >>> "| snip | pruner | yes |" in text, "- **snip** on lstm: no hook" in text
         (True, True)

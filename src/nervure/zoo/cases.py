@@ -155,7 +155,7 @@ def case(name: str) -> Case:
     Raises:
         UnknownId: If there is none of that name.
 
-    Example:
+    Examples:
         >>> sorted(case("residual-conv").tags)
         ['batchnorm', 'conv', 'residual']
     """

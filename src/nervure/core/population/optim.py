@@ -188,7 +188,7 @@ class SGD(Optimizer):
         weight_decay: Weight decay, at least 0, one or each.
         nesterov: Look ahead along the momentum.
 
-    Example:
+    Examples:
         >>> SGD(lr=[0.1, 0.3], momentum=0.9).slots
         ('momentum',)
     """

@@ -60,7 +60,7 @@ class Population:
         seeds: One for each member; 0, 1, ... by default.
         backend: ``"auto"``, or one of the names in `Backend`.
 
-    Example:
+    Examples:
         >>> nets = [nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(6)]
         >>> from nervure.core.population import SGD
         >>> crowd = Population(nets, optimizer=SGD(lr=[0.1, 0.2, 0.3, 0.4, 0.5, 0.6]), backend="batched")

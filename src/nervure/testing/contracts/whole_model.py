@@ -26,7 +26,7 @@ class PrunerContract(ZooContract):
         target: Density the contract asks for.
         steps: Optimizer steps it grants.
 
-    Example:
+    Examples:
         >>> from nervure.compress import LotteryTicket
         >>> class TestTicket(PrunerContract):
         ...     cases = ("mlp",)

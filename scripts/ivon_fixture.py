@@ -14,6 +14,7 @@ OPTIONS = {"lr": 0.05, "ess": 50.0, "hess_init": 0.25, "beta1": 0.8, "beta2": 0.
 
 
 def main() -> None:
+    """Write the file."""
     torch.manual_seed(0)
     x, y = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 2, dtype=torch.float64)
     weight = torch.randn(2, 3, dtype=torch.float64).requires_grad_()
