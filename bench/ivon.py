@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-TENSORS, ELEMENTS = 60, 1_000_000
+TENSORS, ELEMENTS, WARM_UP = 60, 1_000_000, 5
 PEER = Path(__file__).parent.parent / ".venv-bench" / "bin" / "python"
 _PEER_CODE = """
-import json, time, torch, ivon
+import sys, time, torch, ivon
 torch.set_num_threads(1)
 params = [torch.nn.Parameter(torch.randn({each})) for _ in range({tensors})]
 grads = [torch.randn_like(p) for p in params]
 optimizer = ivon.IVON(params, lr=0.1, ess=1e4)
-best = 1e9
-for _ in range({repeats}):
+for _ in sys.stdin:
     start = time.process_time()
     with optimizer.sampled_params(train=True):
         for p, g in zip(params, grads):
             p.grad = g
     optimizer.step()
-    best = min(best, time.process_time() - start)
-print(json.dumps(best))
+    print(time.process_time() - start, flush=True)
 """
 
 
@@ -42,64 +40,89 @@ def _set(params: list[nn.Parameter], grads: list[torch.Tensor]) -> None:
         p.grad = grad
 
 
-def _works() -> dict[str, Callable[[], Any]]:
+def _timed(work: Callable[[], Any]) -> Callable[[], float]:
+    def seconds() -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    return seconds
+
+
+def _ivon(*, fused: bool) -> Callable[[], float]:
     from nervure.optim.ivon import IVON
 
     params, grads = _parameters()
-    ivon = IVON(params, lr=0.1, ess=1e4)
-    others, their_grads = _parameters()
-    adamw = torch.optim.AdamW(others, lr=1e-3, fused=True)
-    _set(others, their_grads)
+    optimizer = IVON(params, lr=0.1, ess=1e4, fused=fused)
 
     def step() -> None:
-        with ivon.sample():
+        with optimizer.sample():
             _set(params, grads)
-        ivon.step()
+        optimizer.step()
 
-    return {"ivon": step, "noise": lambda: torch.randn(ELEMENTS), "fused AdamW": adamw.step}
+    return _timed(step)
 
 
-def _peer(repeats: int) -> float | None:
-    """Return the peer's best seconds a step, or None where it is not installed."""
-    if not PEER.exists():
-        return None
-    code = _PEER_CODE.format(each=ELEMENTS // TENSORS, tensors=TENSORS, repeats=repeats)
-    done = subprocess.run([str(PEER), "-P", "-c", code], capture_output=True, text=True, check=False)
-    return float(json.loads(done.stdout)) if done.returncode == 0 else None
+def _adamw() -> Callable[[], float]:
+    params, grads = _parameters()
+    optimizer = torch.optim.AdamW(params, lr=1e-3, fused=True)
+    _set(params, grads)
+    return _timed(optimizer.step)
+
+
+@contextmanager
+def _peer() -> Iterator[dict[str, Callable[[], float]]]:
+    """Run the peer in its own environment, a step at a time; nothing where it is not installed."""
+    if not PEER.exists() or subprocess.run([str(PEER), "-P", "-c", "import ivon"], capture_output=True).returncode:
+        yield {}
+        return
+    code = _PEER_CODE.format(each=ELEMENTS // TENSORS, tensors=TENSORS)
+    command = [str(PEER), "-P", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def seconds() -> float:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return float(process.stdout.readline())
+
+        yield {"ivon-opt 0.1.3": seconds}
 
 
 def main(repeats: int = 60) -> list[dict[str, Any]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        works = _works()
-        best = dict.fromkeys(works, float("inf"))
-        for _ in range(repeats):  # interleaved, so that a change of the machine's load meets all of them
-            for name, work in works.items():
-                start = time.process_time()
-                work()
-                best[name] = min(best[name], time.process_time() - start)
-        peer = _peer(repeats)
+        with _peer() as peer:
+            noise = _timed(lambda: torch.randn(ELEMENTS))
+            works = {"fused": _ivon(fused=True), "eager": _ivon(fused=False), "its noise": noise}
+            works |= {"fused AdamW": _adamw(), **peer}
+            best = dict.fromkeys(works, float("inf"))
+            for turn in range(WARM_UP + repeats):  # interleaved: a change of the machine's load meets all of them
+                for name, work in works.items():
+                    seconds = work()
+                    best[name] = min(best[name], seconds) if turn >= WARM_UP else best[name]
     finally:
         torch.set_num_threads(threads)
-    ours = best["ivon"] * 1e3
-    rows = [
-        ("optimizer time against ivon-opt 0.1.3", None if peer is None else peer * 1e3, 4.0),
-        ("optimizer time against drawing its noise", best["noise"] * 1e3, 1 / 1.5),
-        ("optimizer time against fused AdamW", best["fused AdamW"] * 1e3, None),
-    ]
+    targets = {"ivon-opt 0.1.3": 4.0, "its noise": 1 / 1.5}
     return [
-        {
-            "name": name,
-            "ours": ours,
-            "baseline": baseline,
-            "ratio": None if baseline is None else baseline / ours,
-            "target": target,
-            "unit": "ms per step, 1.0M parameters in 60 tensors, one thread",
-            **({"note": "ivon-opt is not installed in .venv-bench"} if baseline is None else {}),
-        }
-        for name, baseline, target in rows
+        _row(kind, name, best[kind], best.get(name), targets.get(name) if kind == "fused" else None)
+        for kind in ("fused", "eager")
+        for name in ("ivon-opt 0.1.3", "its noise", "fused AdamW")
     ]
+
+
+def _row(kind: str, name: str, ours: float, baseline: float | None, target: float | None) -> dict[str, Any]:
+    return {
+        "name": f"{kind} step against {name}",
+        "ours": ours * 1e3,
+        "baseline": None if baseline is None else baseline * 1e3,
+        "ratio": None if baseline is None else baseline / ours,
+        "target": target,
+        "unit": "ms per step, 1.0M parameters in 60 tensors, one thread",
+        **({"note": "ivon-opt is not installed in .venv-bench"} if baseline is None else {}),
+    }
 
 
 if __name__ == "__main__":

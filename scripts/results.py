@@ -48,8 +48,8 @@ def figures(verdict: dict) -> str:
     for check in verdict["checks"]:
         turned = check["control"] is None and check["better"] == "lower"
         ends = [check[key] for key in (("high", "mean", "low") if turned else ("low", "mean", "high"))]
-        low, mean, high = ("n/a" if end is None else f"{-end if turned else end:.4g}" for end in ends)
-        asked = f"at most {-check['margin']:g}" if turned else f"at least {check['margin']:g}"
+        low, mean, high = ("n/a" if end is None else f"{0.0 - end if turned else end:.4g}" for end in ends)
+        asked = f"at most {0.0 - check['margin']:g}" if turned else f"at least {check['margin']:g}"
         parts.append(f"{check['name']}: {mean} [{low}, {high}], {asked}: {check['outcome']}")
     return "; ".join(parts)
 

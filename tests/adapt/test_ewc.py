@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -183,3 +186,100 @@ def test_springs_hold_an_old_task():
         return float((model(x).argmax(1) == tasks[0][1]).float().mean())
 
     assert run(3000.0) > run(0.0) + 0.1
+
+
+_LESSON = """
+import sys
+import torch
+import torch.nn.functional as F
+from torch import nn
+from nervure.adapt.ewc import EWC
+
+def model():
+    source = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    with torch.no_grad():
+        for value in net.parameters():
+            value.copy_(torch.randn(value.shape, generator=source))
+    return net
+
+def learn(net, optimizer, ewc, tasks):
+    for task in tasks:
+        source = torch.Generator().manual_seed(task)
+        x, y = torch.randn(20, 4, generator=source), torch.randint(0, 3, (20,), generator=source)
+        for _ in range(15):
+            optimizer.zero_grad()
+            (F.cross_entropy(net(x), y) + ewc.penalty()).backward()
+            optimizer.step()
+        ewc.end_task([(x, y)])
+
+def start(decay):
+    net = model()
+    ewc = EWC(net, strength=40.0, decay=decay, estimate="sampled")
+    return net, torch.optim.Adam(net.parameters(), lr=0.01), ewc
+"""
+
+
+@pytest.mark.parametrize("decay", [None, 0.7])
+def test_a_state_continues_bit_for_bit_in_a_fresh_process(tmp_path, decay):
+    names: dict = {}
+    exec(_LESSON, names)
+    net, optimizer, ewc = names["start"](decay)
+    names["learn"](net, optimizer, ewc, (1, 2))
+    saved = tmp_path / "half.pt"
+    torch.save({"model": net.state_dict(), "optimizer": optimizer.state_dict(), "ewc": ewc.state_dict()}, saved)
+    names["learn"](net, optimizer, ewc, (3, 4))
+    script = f"""{_LESSON}
+net, optimizer, ewc = start({decay!r})
+state = torch.load({str(saved)!r}, weights_only=True)
+net.load_state_dict(state["model"])
+optimizer.load_state_dict(state["optimizer"])
+ewc.load_state_dict(state["ewc"])
+learn(net, optimizer, ewc, (3, 4))
+torch.save({{"model": net.state_dict(), "ewc": ewc.state_dict()}}, {str(tmp_path / "full.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    again = torch.load(tmp_path / "full.pt", weights_only=True)
+    state = ewc.state_dict()
+    assert again["ewc"]["tasks"] == state["tasks"] == 4
+    assert torch.equal(torch.as_tensor(again["ewc"]["constant"]), torch.as_tensor(state["constant"]))
+    for key in ("stiffness", "anchor"):
+        assert all(torch.equal(again["ewc"][key][name], value) for name, value in state[key].items())
+    assert all(torch.equal(again["model"][name], value) for name, value in net.state_dict().items())
+
+
+def test_a_state_is_a_copy_and_fits_a_grown_head():
+    model = CASES["mlp"][0]().double()
+    ewc = EWC(model)
+    ewc.end_task(_task(model, 0))
+    state = ewc.state_dict()
+    state["anchor"]["0.bias"] += 1
+    assert ewc.penalty().item() == 0
+    grown = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6))
+    other = EWC(grown)
+    other.load_state_dict(state)
+    state["anchor"]["0.bias"] += 1
+    assert other.anchor["0.bias"].dtype == torch.float32
+    torch.testing.assert_close(other.anchor["0.bias"].double(), ewc.anchor["0.bias"] + 1)
+    assert other.penalty().item() > 0
+
+
+def test_a_state_of_another_model_is_refused_and_changes_nothing():
+    model = CASES["mlp"][0]()
+    ewc, source = EWC(model), EWC(nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)))
+    source.end_task([(torch.randn(9, 4), torch.randint(0, 3, (9,)))])
+    with pytest.raises(BadModel, match=r"0\.weight"):
+        ewc.load_state_dict(source.state_dict())
+    source.model = nn.Sequential(source.model)
+    source.stiffness = {f"0.{name}": value for name, value in source.stiffness.items()}
+    source.anchor = {f"0.{name}": value for name, value in source.anchor.items()}
+    with pytest.raises(BadModel, match=r"0\.0\.weight"):
+        ewc.load_state_dict(source.state_dict())
+    with pytest.raises(BadData, match="no state"):
+        ewc.load_state_dict({"tasks": 1})
+    broken = source.state_dict()
+    broken["anchor"].popitem()
+    with pytest.raises(BadData, match="different"):
+        ewc.load_state_dict(broken)
+    assert ewc.tasks == 0
+    assert ewc.stiffness == ewc.anchor == {}

@@ -8,6 +8,7 @@ from nervure._kit import BadModel, CouldNotRun, UnknownId, Unsupported, UsageErr
 from nervure.arena import measure, prune
 from nervure.core import modules
 from nervure.core.calibration import calibration_error
+from nervure.core.cost import macs
 from nervure.data import load
 from nervure.spec import Job, Notes
 
@@ -89,7 +90,7 @@ def test_a_method_that_spends_more_steps_is_refused(monkeypatch):
             return type("Result", (), {"model": model})()
 
     real = prune.make
-    monkeypatch.setattr(prune, "make", lambda name: Greedy() if name == "greedy" else real(name))
+    monkeypatch.setattr(prune, "make", lambda name, unit: Greedy() if name == "greedy" else real(name, unit))
     with pytest.raises(CouldNotRun, match="did not spend its budget.*24 optimizer steps.*25"):
         run(job("greedy"))
 
@@ -98,7 +99,7 @@ def test_a_method_that_spends_more_steps_is_refused(monkeypatch):
 def test_the_small_dense_network_has_the_densitys_number_of_weights(mine, density):
     data = load("digits", seed=0)
     whole = sum(w.numel() for w in modules.weights(prune.build(f"{mine}:scaled", data, seed=0)).values())
-    small = prune.small_dense(f"{mine}:scaled", data, seed=0, density=density)
+    small = prune.small_dense(f"{mine}:scaled", data, seed=0, share=density)
     unit = 64 + 10
     found = sum(w.numel() for w in modules.weights(small).values())
     assert abs(found - density * whole) <= max(unit / 2, unit - density * whole)
@@ -112,7 +113,7 @@ def test_a_factory_without_scale_is_unsupported_for_small_dense_alone(mine):
 
 
 def plan(**changes):
-    options = {"model": "mlp", "data": "digits", "densities": [0.2, 0.1], "names": ["dense", "snip"], "seeds": [0, 1]}
+    options = {"model": "mlp", "data": "digits", "shares": [0.2, 0.1], "names": ["dense", "snip"], "seeds": [0, 1]}
     return prune.plan(**{**options, "steps": 10, **changes})
 
 
@@ -134,8 +135,8 @@ def test_models_that_do_not_fit_are_refused_before_any_job(mine):
     with pytest.raises(BadModel, match="does not fit the labels.*one output a class"):
         plan(model=f"{mine}:narrow")
     with pytest.raises(UsageError, match="a density is not a share"):
-        plan(densities=[0.2, 1.5])
-    with pytest.raises(UnknownId, match="no pruner enters as 'snipp'.*snip"):
+        plan(shares=[0.2, 1.5])
+    with pytest.raises(UnknownId, match="no pruner of density enters as 'snipp'.*snip"):
         plan(names=["snipp"])
     with pytest.raises(UsageError, match="nothing to compare"):
         plan(names=[])
@@ -157,3 +158,23 @@ def test_user_modules_are_checked_in_eval_mode_and_left_in_train_mode():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     prune.check(net, load("digits", seed=0), name="net")
     assert net.training
+
+
+@pytest.mark.parametrize("arm", ["dense", "small-dense", "spa", "random-channels"])
+def test_the_track_of_costs_counts_macs_and_milliseconds(arm):
+    params = {"model": "mlp", "data": "digits", "unit": "macs", "share": 1.0 if arm == "dense" else 0.5, "steps": 24}
+    found, _ = run(Job(target="arena:prune", arm=arm, case="x", seed=0, params=params))
+    whole = macs(prune.build("mlp", load("digits", seed=0), seed=0), load("digits", seed=0).test_x[:1])
+    assert found["macs"] == whole if arm == "dense" else 0.3 * whole < found["macs"] <= 0.55 * whole
+    assert found["macs"] == found["nonzero_macs"]
+    assert found["ms_1"] > 0
+    assert found["ms_64"] > 0
+    assert 0 <= found["corrupted_accuracy"] <= 1
+
+
+def test_the_tracks_are_not_mixed():
+    assert not set(prune.entrants("macs")) & set(prune.entrants("density")) - set(prune.DENSE)
+    with pytest.raises(UnknownId, match="no pruner of macs enters as 'snip'"):
+        prune.make("snip", "macs")
+    with pytest.raises(UsageError, match="no such unit"):
+        prune.entrants("joules")

@@ -114,7 +114,7 @@ def test_a_comparison_runs_on_the_users_model_and_data(here, capsys):
     assert "<svg" in page
     assert run(["export", "compare-prune", "--to", "out"]) == 0
     tables = json.loads((here / "out" / "compare-prune.json").read_text())["tables"]
-    assert [table["density"] for table in tables] == [0.5, 0.3]
+    assert [table["share"] for table in tables] == [0.5, 0.3]
     assert {row["arm"] for row in tables[0]["rows"]} == {"dense", "small-dense", "random", "snip"}
 
 

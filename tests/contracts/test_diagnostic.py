@@ -1,33 +1,54 @@
-"""Every diagnostic, on models small enough for a Hessian in a second."""
+"""Every diagnostic on every model of the zoo."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from nervure import catalogue
+from nervure.core import forward
+from nervure.core.vectors import select
 from nervure.testing import DiagnosticContract, table
 
 TABLE = table.read(Path(__file__).with_name("expected.toml"))
-OPTIONS = {"hessian-spectrum": {"k": 1}}
+# Diagnostics that ask for eval mode, because in train mode batch normalisation mixes the samples.
+EVAL = {"hessian-spectrum"}
 
 
-def _run(entry: catalogue.Entry):
+def _few(model, most=60):
+    """Name parameters of at most so many entries in all, from both ends of the model: dense Hessians in 0.1 s."""
+    sizes = {name: value.numel() for name, value in select(model).items()}
+    names = list(sizes)
+    chosen: list[str] = []
+    for name in [name for pair in zip(names, reversed(names), strict=True) for name in pair]:
+        if name not in chosen and sum(sizes[one] for one in [*chosen, name]) <= most:
+            chosen.append(name)
+    return chosen
+
+
+def _dense(model):
+    return {"k": 1, "parameters": _few(model)}
+
+
+def _iterative(model):
+    return {"k": 1, "dense_below": 0}
+
+
+# Method -> name of a variant -> its zoo models (None: all) and its options.
+VARIANTS = {"hessian-spectrum": {"": (None, _dense), "Iterative": (("twice-used",), _iterative)}}
+
+
+def _run(entry: catalogue.Entry, options):
     def run(self, model, task, *, seed):
-        batch, options = (task.inputs, task.targets), OPTIONS.get(entry.id, {})
-        return catalogue.resolve(entry.id)(model, batch, loss=task.loss_function, seed=seed, **options)
+        batch = (task.inputs, task.targets)
+        with forward.mode(model, train=False) if entry.id in EVAL else nullcontext():
+            return catalogue.resolve(entry.id)(model, batch, loss=task.loss_function, seed=seed, **options(model))
 
     return run
 
 
 for _entry in catalogue.family("diagnostic"):
-    _name = f"Test{_entry.card['provides'][0].title().replace('_', '')}"
-    globals()[_name] = type(
-        _name,
-        (DiagnosticContract,),
-        {
-            "__module__": __name__,
-            "cases": ("raw-parameter", "dict-tuple"),
-            "run": _run(_entry),
-            "unsupported": TABLE.get(_entry.id, {}),
-        },
-    )
+    for _variant, (_cases, _options) in VARIANTS.get(_entry.id, {"": (None, lambda model: {})}).items():
+        _name = f"Test{_entry.card['provides'][0].title().replace('_', '')}{_variant}"
+        _body = {"__module__": __name__, "run": _run(_entry, _options), "unsupported": TABLE.get(_entry.id, {})}
+        globals()[_name] = type(_name, (DiagnosticContract,), {**_body, **({"cases": _cases} if _cases else {})})

@@ -186,3 +186,15 @@ def test_an_interrupted_download_goes_on_where_it_stopped(monkeypatch, tmp_path)
     assert data.fetch_fashion_mnist() == tmp_path / "fashion-mnist"
     assert len(asked) == 5
     assert fashion.find() == tmp_path / "fashion-mnist"
+
+
+@pytest.mark.parametrize("by", ["class", "chance"])
+def test_parts_are_disjoint_and_complete(by):
+    y = torch.arange(50) % 7
+    found = data.parts(y, 3, by=by, seed=1)
+    assert torch.equal(torch.cat(found).sort().values, torch.arange(50))
+    if by == "class":
+        classes = [set(y[part].tolist()) for part in found]
+        assert not (classes[0] & classes[1] or classes[0] & classes[2] or classes[1] & classes[2])
+    splits = data.load("digits", seed=0)
+    assert sum(len(part.train_y) for part in splits.parts(2, by=by, seed=0)) == len(splits.train_y)

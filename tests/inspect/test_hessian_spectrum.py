@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import scipy.sparse.linalg
 import torch
@@ -12,6 +14,7 @@ from torch.func import functional_call, jacrev
 from nervure._kit import UsageError
 from nervure.core.lanczos import exact_density, spectral_density
 from nervure.core.vectors import flatten, select, unflatten
+from nervure.inspect._hessian_trial import of_same_covariance, outliers
 from nervure.inspect.hessian_spectrum import eigenspace_overlap, spectrum
 
 
@@ -98,3 +101,16 @@ def test_gauss_newton_is_positive_and_bad_numbers_are_refused():
         spectrum(model, batch, k=0)
     with pytest.raises(UsageError):
         spectrum(model, batch, matrix="jacobian")
+
+
+def test_what_the_digits_claim_measures():
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(2000, 3, generator=source).double() @ torch.tensor([[2.0, 1, 0], [0, 1, 0], [0, 0, 0.3]]).double()
+    drawn = of_same_covariance(x + 5, source)
+    torch.testing.assert_close(drawn.mean(0), x.mean(0) + 5, rtol=0, atol=0.2)
+    torch.testing.assert_close(drawn.T.cov(), x.T.cov(), rtol=0.12, atol=0.05)
+    model = nn.Sequential(nn.Linear(4, 12), nn.Tanh(), nn.Linear(12, 5)).double()
+    batch = (torch.randn(40, 4, generator=source).double(), torch.randint(0, 5, (40,), generator=source))
+    values = _truth(model, batch)[1].flip(0)
+    last = values[math.ceil(0.1 * len(values)) - 1]
+    assert outliers(model, *batch, edge=0.1, factor=1.5) == int((values > 1.5 * last).sum()) > 0

@@ -20,12 +20,19 @@ class Given(IVON):
     """Take the noise from a list."""
 
     def use(self, rows):
-        rows = iter(rows)
+        self._rows = iter(rows)
 
-        def fill(out):
-            out.copy_(torch.as_tensor(next(rows)))
+    def _lay_out(self):
+        super()._lay_out()
+        for span in self._spans:
+            span.draw = lambda _, span=span: self._put(span)
 
-        self._noise.fill = fill
+    def _put(self, span):
+        eps, group = torch.as_tensor(next(self._rows)), span.group
+        shifts = [view for block in span.blocks for view in block.shift_views]
+        hessians = [part for block in span.blocks for part in block.parts(block.rows.hess)]
+        for shift, hess, part in zip(shifts, hessians, eps.split([len(hess) for hess in hessians]), strict=True):
+            shift.view(-1).copy_(part / (group["ess"] * (hess + group["weight_decay"])).sqrt())
 
 
 def _net(**options):
@@ -51,12 +58,20 @@ def _weights(net):
     return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
-def test_equals_ivon_opt_step_by_step():
+@pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
+def test_equals_ivon_opt_step_by_step(fused):
     peer = np.load(ASSETS / "ivon.npz")
     x, y = torch.tensor(peer["x"]), torch.tensor(peer["y"])
     weight, bias = (torch.tensor(peer[name]).requires_grad_() for name in ("weight", "bias"))
     optimizer = Given(
-        [weight, bias], lr=0.05, ess=50.0, hess_init=0.25, betas=(0.8, 0.9), weight_decay=0.01, clip_radius=5.0
+        [weight, bias],
+        lr=0.05,
+        ess=50.0,
+        hess_init=0.25,
+        betas=(0.8, 0.9),
+        weight_decay=0.01,
+        clip_radius=5.0,
+        fused=fused,
     )
     optimizer.use(peer["noise"])
     for mean, hess in zip(peer["means"], peer["hessians"], strict=True):
@@ -100,19 +115,19 @@ def test_bayesian_linear_regression():
     n, delta = 400, 0.05
     x = torch.randn(n, 3, dtype=torch.float64, generator=draw) * torch.tensor([0.5, 1.0, 2.0])
     y = x @ torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64) + torch.randn(n, dtype=torch.float64, generator=draw)
-    w = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    w = torch.zeros(3, 16, dtype=torch.float64, requires_grad=True)  # sixteen runs at once
     optimizer = IVON([w], lr=0.1, ess=n, hess_init=1.0, betas=(0.9, 0.998), weight_decay=delta)
     means, precisions = [], []
     for step in range(9000):
         if step == 4000:
             optimizer.param_groups[0]["lr"] = 0.01
         with optimizer.sample():
-            ((x @ w - y) ** 2).mean().div(2).backward()
+            ((x @ w - y[:, None]) ** 2).mean(0).sum().div(2).backward()
         optimizer.step()
         optimizer.zero_grad()
         if step >= 5000:
-            means.append(w.detach().clone())
-            precisions.append(optimizer.state[w]["hess"] + delta)
+            means.append(w.detach().mean(1))
+            precisions.append(optimizer.state[w]["hess"].mean(1) + delta)
     gram = x.T @ x / n + delta * torch.eye(3)
     exact = torch.linalg.solve(gram, x.T @ y / n)
     variance = 1 / (n * torch.stack(precisions).mean(0))

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from nervure._kit import UsageError
 from nervure.core.population import SGD, Population, order
+from nervure.search._pbt_trial import _follow, conv
 from nervure.search.drive import run_population, run_trainables
-from nervure.search.pbt import PBT, _FromWorst, toy
+from nervure.search.pbt import PBT, _FromWorst, _WeightsAlone, toy
 from nervure.search.space import Choice, Range, Shift
 from nervure.spec import Searcher
 
@@ -295,14 +296,37 @@ def test_sabotage_copies_the_worst():
     assert [config["parent"] for config in asked[1]] == [0, 3, 2, 3]
 
 
-def test_toy_grid_is_the_closed_form():
+def test_toy_is_the_closed_form_where_nothing_is_drawn():
     values = {}
     ctx = SimpleNamespace(
         seed_for=lambda *tags: 3, measure=lambda arm, **metrics: values.__setitem__(arm, metrics["Q"])
     )
     toy.measure(ctx)
     assert values["grid"] == pytest.approx(1.2 - 0.81 - (0.9 * 0.98**200) ** 2, abs=1e-12)
+    # Both copy the first winner's h too, and only one coordinate ever shrinks.
+    assert values["exploit-only"] == pytest.approx(values["grid"], abs=1e-12)
+    # With the weights alone the two take turns: each coordinate shrinks in half of the 200 steps.
+    assert values["exploit-only, weights alone"] == pytest.approx(1.2 - 2 * (0.9 * 0.98**100) ** 2, abs=1e-12)
     assert max(values.values()) <= 1.2
+
+
+def test_weights_alone_keeps_the_hyper_parameters():
+    search = _WeightsAlone({"lr": Range(0.1, 1.0)}, members=4, share=0.5, explore=False, seed=0)
+    asked = rounds(search, [[3.0, 1.0, 2.0, 0.0]] * 3)
+    assert [config["parent"] for config in asked[1]] != [0, 1, 2, 3]
+    for row in asked[1:]:
+        assert [config["lr"] for config in row] == [config["lr"] for config in asked[0]]
+
+
+def test_a_schedule_is_followed_interval_by_interval():
+    crowd = Population([conv(), conv()], optimizer=SGD(momentum=0.9))
+    x, y = torch.randn(8, 1, 14, 14), torch.randint(10, (8,))
+    apply = _follow([{"lr": 0.5, "dropout": 0.2}, {"lr": 0.25, "dropout": 0.4}], ready=3)
+    for expected in (0.5, 0.25):
+        for member in (0, 1):
+            apply(crowd, member, {"lr": 9.0})
+        assert [crowd.optimizer.values(member)["lr"] for member in (0, 1)] == pytest.approx([expected] * 2)
+        crowd.fit(x, y, steps=3, batch_size=4)
 
 
 def test_priors():

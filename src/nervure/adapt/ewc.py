@@ -20,6 +20,8 @@ CARD = Card(
     id="ewc",
     n=79,
     title="Overcoming catastrophic forgetting in neural networks",
+    year=2016,
+    link="https://arxiv.org/abs/1612.00796",
     family="adapt",
     summary=(
         "After each task the weights and the diagonal of their Fisher information are kept; later tasks pay a "
@@ -74,7 +76,7 @@ def fisher_diagonal(
         BadData: If there is no sample.
         UsageError: If the estimate is unknown.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(3, 2)
         >>> fisher = fisher_diagonal(model, [(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))])
         >>> {name: tuple(value.shape) for name, value in fisher.items()}
@@ -148,7 +150,7 @@ class EWC:
     Raises:
         UsageError: If a number is outside its range.
 
-    Example:
+    Examples:
         >>> model = nn.Linear(3, 2)
         >>> ewc = EWC(model, strength=100.0)
         >>> ewc.end_task([(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))])
@@ -191,15 +193,7 @@ class EWC:
         present = dict(self.model.named_parameters())
         total: Tensor | float = self.constant
         for name, stiffness in self.stiffness.items():
-            value = present.get(name)
-            if (
-                value is None
-                or value.ndim != stiffness.ndim
-                or any(now < old for now, old in zip(value.shape, stiffness.shape, strict=True))
-            ):
-                found = "nothing" if value is None else tuple(value.shape)
-                raise BadModel(f"the protected parameter {name} is gone", expected=tuple(stiffness.shape), found=found)
-            old = value[_corner(stiffness)]
+            old = _require(present, name, stiffness)[_corner(stiffness)]
             total = total + (stiffness * (old - self.anchor[name]).square()).sum()
         return torch.as_tensor(0.5 * self.strength * total)
 
@@ -248,6 +242,79 @@ class EWC:
             for name in self.stiffness.keys() - fisher.keys():
                 self.stiffness[name] = self.decay * self.stiffness[name]
         self.tasks += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the springs and the number of tasks, as tensors and plain numbers.
+
+        Saved beside the model's and the optimizer's state it continues training bit for bit in another process, under
+        an `EWC` with the same arguments.
+
+        Returns:
+            ``tasks``, ``constant``, and ``stiffness`` and ``anchor`` by parameter name; the tensors are copies.
+
+        Examples:
+            >>> model = nn.Linear(3, 2)
+            >>> ewc, again = EWC(model), EWC(model)
+            >>> ewc.end_task([(torch.randn(8, 3), torch.zeros(8, dtype=torch.long))])
+            >>> again.load_state_dict(ewc.state_dict())
+            >>> again.tasks, sorted(again.stiffness)
+            (1, ['bias', 'weight'])
+        """
+        constant = self.constant.clone() if isinstance(self.constant, Tensor) else self.constant
+        springs = {key: {name: value.clone() for name, value in vars(self)[key].items()} for key in _SPRINGS}
+        return {"tasks": self.tasks, "constant": constant, **springs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` returned; nothing changes where it does not fit.
+
+        Tensors are copied to the device and precision of the model's parameters. A head may have grown since.
+
+        Args:
+            state: The state of an `EWC` with the same arguments over the same model.
+
+        Raises:
+            BadData: If it is no such state.
+            BadModel: If a protected parameter is not in this model, or smaller there.
+        """
+        missing = {"tasks", "constant", *_SPRINGS} - set(state)
+        if missing or {k: v.shape for k, v in state["stiffness"].items()} != {
+            k: v.shape for k, v in state["anchor"].items()
+        }:
+            found = f"no {', '.join(sorted(missing))}" if missing else "stiffness and anchor of different shapes"
+            raise BadData("this is no state of EWC", expected="what state_dict returned", found=found)
+        present = dict(self.model.named_parameters())
+        # A copy: a later in-place change of the caller's tensors must not move the springs.
+        springs = {
+            key: {
+                name: value.detach().to(_require(present, name, value), copy=True) for name, value in state[key].items()
+            }
+            for key in _SPRINGS
+        }
+        constant = state["constant"]
+        if isinstance(constant, Tensor):
+            constant = constant.detach().to(next(iter(springs["anchor"].values()), constant), copy=True)
+        self.tasks, self.constant = int(state["tasks"]), constant
+        self.stiffness, self.anchor = springs["stiffness"], springs["anchor"]
+
+
+_SPRINGS = ("stiffness", "anchor")
+
+
+def _require(present: Mapping[str, Tensor], name: str, stored: Tensor) -> Tensor:
+    """Return the parameter a spring holds.
+
+    Raises:
+        BadModel: If it is gone or has shrunk.
+    """
+    value = present.get(name)
+    if (
+        value is None
+        or value.ndim != stored.ndim
+        or any(now < old for now, old in zip(value.shape, stored.shape, strict=True))
+    ):
+        found = "nothing" if value is None else tuple(value.shape)
+        raise BadModel(f"the protected parameter {name} is gone", expected=tuple(stored.shape), found=found)
+    return value
 
 
 def _corner(stored: Tensor) -> tuple[slice, ...]:

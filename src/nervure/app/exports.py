@@ -52,21 +52,27 @@ def _leaderboard(records: list[Record], folder: Path) -> list[Path]:
         raise UsageError("the store has no comparison", try_="nervure compare prune")
 
     def setting(record: Record) -> str:
-        return canonical_json({key: value for key, value in record.job.params.items() if key != "density"})
+        return canonical_json(
+            {key: value for key, value in record.job.params.items() if key not in ("density", "share")}
+        )
 
     last = setting(max(records, key=lambda record: record.started))
     chosen = [record for record in records if setting(record) == last]
     params = chosen[0].job.params
     arms = {record.job.arm for record in chosen}
-    baseline = prune.BASELINE if prune.BASELINE in arms else min(arms)
+    unit = str(params.get("unit", "density"))
+    baseline = prune.BASELINES[unit] if prune.BASELINES[unit] in arms else min(arms)
     return leaderboard_files(
         case_tables(chosen, metric=prune.METRIC, baseline=baseline),
         chosen,
         folder,
-        name="compare-prune",
+        name=prune.report_name(unit),
         title=f"Pruning {params['model']} on {params['data']}",
         metric=prune.METRIC,
         baseline=baseline,
         protocol=f"From the store: {params['steps']} optimizer steps in all for every entrant.",
-        command=f"nervure compare prune --model {params['model']} --data {params['data']} --steps {params['steps']}",
+        command=(
+            f"nervure compare prune --unit {unit} --model {params['model']} --data {params['data']} "
+            f"--steps {params['steps']}"
+        ),
     )

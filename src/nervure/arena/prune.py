@@ -5,46 +5,64 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from nervure import zoo
 from nervure._kit import BadModel, CouldNotRun, UnknownId, Unsupported, UsageError, did_you_mean
-from nervure.catalogue import family
+from nervure.arena.tasks import PruneTask
+from nervure.catalogue import Entry, family
+from nervure.compress.structured import spent
 from nervure.core import Meter, factory, forward, modules, rng
 from nervure.core.calibration import calibration_error
-from nervure.core.cost import cost
+from nervure.core.cost import cost, latency
 from nervure.data import Splits, load
-from nervure.learn import Loop, accuracy, cross_entropy
+from nervure.learn import accuracy
 from nervure.spec import Budget, Job, Measurement, Notes, Pruner
 
 Progress = Callable[[float, str], None]
 NAME = "prune"
-METRIC, BETTER, BASELINE = "accuracy", "higher", "random"
-DENSITIES, QUICK_DENSITIES = (0.5, 0.2, 0.1, 0.05, 0.02), (0.2, 0.05)
+METRIC, BETTER = "accuracy", "higher"
+Unit = Literal["density", "macs", "params", "bytes"]
+# Two tracks that are never mixed: zeros among the weights, and costs of a network with fewer channels.
+_COSTS = ("macs", "params", "bytes")
+BASELINES: dict[str, str] = {"density": "random", **dict.fromkeys(_COSTS, "random-channels")}
+SHARES = {"density": (0.5, 0.2, 0.1, 0.05, 0.02), **dict.fromkeys(_COSTS, (0.75, 0.5, 0.35, 0.25))}
+QUICK_SHARES = {"density": (0.2, 0.05), **dict.fromkeys(_COSTS, (0.5, 0.25))}
 # Shared by all entrants, and chosen for each on the validation split: a card may not bring its own.
-RATES, BATCH = (3e-4, 1.2e-3, 5e-3), 64
+RATES = (3e-4, 1.2e-3, 5e-3)
 STEPS, QUICK_STEPS = 800, 200
-BASELINES = ("dense", "small-dense")
+DENSE = ("dense", "small-dense")
 VALIDATION = 0.1
 
 
-def entrants() -> dict[str, str]:
+def report_name(unit: str) -> str:
+    """Return the stem of a report's files."""
+    return "compare-prune" if unit == "density" else f"compare-prune-{unit}"
+
+
+def _family(unit: str) -> list[Entry]:
+    if unit not in SHARES:
+        raise UsageError("there is no such unit", expected=", ".join(SHARES), found=unit)
+    return family("pruner" if unit == "density" else "channel-pruner")
+
+
+def entrants(unit: str = "density") -> dict[str, str]:
     """Return the names that may enter -> the card each comes from ("" for the arena's own baselines)."""
-    found = dict.fromkeys(BASELINES, "")
-    for entry in family("pruner"):
+    found = dict.fromkeys(DENSE, "")
+    for entry in _family(unit):
         found.update(dict.fromkeys(entry.card["entrants"], entry.id))
     return found
 
 
-def make(name: str) -> Pruner:
+def make(name: str, unit: str = "density") -> Pruner:
     """Build an entrant with its own default hyper-parameters.
 
     Args:
         name: One of `entrants`, baselines excepted.
+        unit: What is counted.
 
     Returns:
         The pruner.
@@ -52,14 +70,13 @@ def make(name: str) -> Pruner:
     Raises:
         UnknownId: If no card enters under that name.
     """
-    for entry in family("pruner"):
+    for entry in _family(unit):
         if name in entry.card["entrants"]:
             made: Callable[[], Pruner] = getattr(entry.load(), entry.card["entrants"][name])
             return made()
-    known = entrants()
-    raise UnknownId(
-        f"no pruner enters as {name!r}", expected=", ".join(known), try_=" or ".join(did_you_mean(name, known))
-    )
+    known = entrants(unit)
+    near = " or ".join(did_you_mean(name, known))
+    raise UnknownId(f"no pruner of {unit} enters as {name!r}", expected=", ".join(known), try_=near)
 
 
 def build(spec: str, data: Splits, *, seed: int, scale: float = 1.0) -> nn.Module:
@@ -120,60 +137,6 @@ def check(model: nn.Module, data: Splits, *, name: str) -> None:
         )
 
 
-class PruneTask:
-    """Give every entrant the same data, batches, loss, optimizer and learning-rate schedule.
-
-    Args:
-        data: The data set.
-        rate: The learning rate at the start of each training; annealed to zero by a cosine.
-        seed: Decides the batches.
-        tick: Called after every optimizer step.
-    """
-
-    def __init__(self, data: Splits, *, rate: float, seed: int, tick: Callable[[], None]) -> None:
-        self.data, self.rate, self.seed, self.tick = data, rate, seed, tick
-
-    def batches(self, count: int) -> Sequence[Any]:
-        """Return `count` calibration batches of 256 samples, the same ones at every call."""
-        size = min(256, len(self.data.train_x))
-        draw = rng.generator("calibration", self.seed)
-        order = torch.randperm(len(self.data.train_x), generator=draw)
-        return [(self.data.train_x[part], self.data.train_y[part]) for part in order.split(size)[:count]]
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the mean cross-entropy of a batch."""
-        return cross_entropy(forward.call(model, batch[0]), batch[1])
-
-    def train(
-        self, model: nn.Module, *, steps: int, part: int = 0, after_step: Callable[[int], None] | None = None
-    ) -> None:
-        """Train in place; optimizer and schedule start anew, batches depend on (seed, part) only."""
-        if not steps:
-            return
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=self.rate)
-        loop = Loop(
-            model,
-            optimizer,
-            (self.data.train_x, self.data.train_y),
-            batch_size=BATCH,
-            schedule=CosineAnnealingLR(optimizer, steps),
-            hooks=[_Step(self.tick, after_step)],
-            seed=rng.seed_for("order", self.seed, part),
-        )
-        loop.run(steps)
-
-
-class _Step:
-    def __init__(self, tick: Callable[[], None], also: Callable[[int], None] | None) -> None:
-        self.tick, self.also = tick, also
-
-    def after_step(self, step: int) -> None:
-        self.tick()
-        if self.also is not None:
-            self.also(step)
-
-
 def measure(job: Job, progress: Progress, notes: Notes) -> None:
     """Run one entrant at one density for one seed: each learning rate, the best on validation is reported.
 
@@ -193,7 +156,7 @@ def measure(job: Job, progress: Progress, notes: Notes) -> None:
         nonlocal done
         done += 1
         if done % 20 == 0:
-            progress(done / (steps * len(RATES)), f"{job.arm} at {params['density']:.0%}, seed {job.seed}")
+            progress(done / (steps * len(RATES)), f"{job.arm} at {_share(params):.0%}, seed {job.seed}")
 
     best: tuple[float, float, nn.Module] | None = None
     for rate in RATES:
@@ -223,44 +186,51 @@ def run_entrant(
         spec: The model.
         data: The data set.
         task: The shared training.
-        params: Holds density and steps.
+        params: Holds unit, share and steps.
         seed: Draws the model's weights.
 
     Returns:
         The trained network.
     """
-    density, steps = float(params["density"]), int(params["steps"])
+    unit, share, steps = params.get("unit", "density"), _share(params), int(params["steps"])
     if name == "dense":
         model = build(spec, data, seed=seed)
         task.train(model, steps=steps)
         return model
     if name == "small-dense":
-        model = small_dense(spec, data, seed=seed, density=density)
+        model = small_dense(spec, data, seed=seed, share=share, unit=unit)
         task.train(model, steps=steps)
         return model
     model = build(spec, data, seed=seed)
-    budget = Budget(target=density, steps=steps, calibration=4)
-    return make(name).fit(model, task, budget, seed=rng.seed_for("prune", seed)).model
+    budget = Budget(target=share, steps=steps, metric=unit, calibration=4)
+    return make(name, unit).fit(model, task, budget, seed=rng.seed_for("prune", seed)).model
 
 
-def small_dense(spec: str, data: Splits, *, seed: int, density: float) -> nn.Module:
-    """Build the dense network of the same kind whose number of weights is nearest to the density's.
+def _share(params: Mapping[str, Any]) -> float:
+    return float(params["share"] if "unit" in params else params["density"])
+
+
+def small_dense(spec: str, data: Splits, *, seed: int, share: float, unit: str = "density") -> nn.Module:
+    """Build the dense network of the same kind whose cost is nearest to the share's.
 
     Args:
         spec: The model.
         data: The data set.
         seed: Draws the weights.
-        density: Share of the full network's weights.
+        share: Share of the full network's cost.
+        unit: What is counted; for a density, the connection weights.
 
     Returns:
         The small network, untrained.
     """
 
-    def size(scale: float) -> int:
+    def size(scale: float) -> float:
         made = build(spec, data, seed=seed, scale=scale)
-        return sum(weight.numel() for weight in modules.weights(made).values())
+        if unit == "density":
+            return sum(weight.numel() for weight in modules.weights(made).values())
+        return spent(made, data.train_x[:1], unit)
 
-    wanted = density * sum(weight.numel() for weight in modules.weights(build(spec, data, seed=seed)).values())
+    wanted = share * size(1.0)
     low, high = 0.0, 0.999
     for _ in range(12):
         middle = (low + high) / 2
@@ -271,7 +241,7 @@ def small_dense(spec: str, data: Splits, *, seed: int, density: float) -> nn.Mod
 
 def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: float, notes: Notes) -> None:
     scores = forward.predict(model, data.test_x)
-    spent = cost(copy.deepcopy(model), data.test_x[:1])
+    counted = cost(copy.deepcopy(model), data.test_x[:1])
     weights = modules.weights(model)
     kept = sum(int(torch.count_nonzero(weight)) for weight in weights.values())
     found = {
@@ -281,11 +251,21 @@ def _report(arm: str, model: nn.Module, data: Splits, rate: float, validation: f
         "rate": rate,
         "weights": kept,
         "density": kept / sum(weight.numel() for weight in weights.values()),
-        "macs": spent.macs,
-        "nonzero_macs": spent.nonzero_macs,
-        "bytes": spent.bytes,
+        "macs": counted.macs,
+        "nonzero_macs": counted.nonzero_macs,
+        "bytes": counted.bytes,
+        "parameters": counted.parameters,
+        "ms_1": latency(model, data.test_x[:1])[0],
+        "ms_64": latency(model, data.test_x[:64])[0],
+        "corrupted_accuracy": accuracy(model, _noisy(data.test_x), data.test_y),
     }
     notes.measurements += [Measurement(arm=arm, metric=name, value=float(value)) for name, value in found.items()]
+
+
+def _noisy(x: Tensor) -> Tensor:
+    """Return inputs with normal noise of half their own spread."""
+    draw = torch.randn(x.shape, generator=rng.generator("noise"), dtype=x.dtype)
+    return x + 0.5 * x.std() * draw
 
 
 def load_data(spec: str, *, seed: int, limit: Any = None) -> Splits:
@@ -305,32 +285,40 @@ def load_data(spec: str, *, seed: int, limit: Any = None) -> Splits:
 
 
 def plan(
-    *, model: str, data: str, densities: Sequence[float], names: Sequence[str], seeds: Sequence[int], steps: int
+    *,
+    model: str,
+    data: str,
+    shares: Sequence[float],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    steps: int,
+    unit: Unit = "density",
 ) -> list[Job]:
     """Check the case and list its jobs.
 
     Args:
         model: Zoo name or ``path.py:factory``.
         data: As in `nervure.data.load`.
-        densities: Shares of weights to keep, each in (0, 1).
-        names: Entrants; every one at every density, the dense network once.
+        shares: Shares to keep, each in (0, 1).
+        names: Entrants; every one at every share, the dense network once.
         seeds: The seeds.
         steps: Optimizer steps of one training in all.
+        unit: What is counted.
 
     Returns:
         The jobs.
 
     Raises:
-        UsageError: If a density, the steps or the list of entrants is out of range.
+        UsageError: If a share, the steps or the list of entrants is out of range.
     """
-    if not names or steps < 1 or not seeds or not densities:
-        raise UsageError("there is nothing to compare", expected="entrants, densities, seeds and steps")
-    wrong = [density for density in densities if not 0 < density < 1]
+    if not names or steps < 1 or not seeds or not shares:
+        raise UsageError("there is nothing to compare", expected="entrants, shares, seeds and steps")
+    wrong = [share for share in shares if not 0 < share < 1]
     if wrong:
-        raise UsageError("a density is not a share", expected="numbers between 0 and 1", found=wrong)
+        raise UsageError(f"a {unit} is not a share", expected="numbers between 0 and 1", found=wrong)
     for name in names:
-        if name not in BASELINES:
-            make(name)
+        if name not in DENSE:
+            make(name, unit)
     splits = load_data(data, seed=seeds[0])
     check(build(model, splits, seed=seeds[0]), splits, name=model)
     shared = {
@@ -342,12 +330,12 @@ def plan(
     }
     jobs = []
     for seed in seeds:
-        for density in densities:
+        for share in shares:
             for name in names:
-                at = 1.0 if name == "dense" else density
-                if name == "dense" and density != densities[0]:
+                at = 1.0 if name == "dense" else share
+                if name == "dense" and share != shares[0]:
                     continue
-                case = f"{model}|{data}|density={at:g}"
-                params = {**shared, "density": at}
+                case = f"{model}|{data}|{unit}={at:g}"
+                params = {**shared, "density": at} if unit == "density" else {**shared, "unit": unit, "share": at}
                 jobs.append(Job(target=f"arena:{NAME}", arm=name, case=case, seed=seed, params=params))
     return jobs

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 Flag = Annotated[bool, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Unit = Literal["density", "macs", "params", "bytes"]
+Shares = Annotated[list[float] | None, Parameter(name=["--share", "--density"])]
 
 
 @contextlib.contextmanager
@@ -161,7 +163,8 @@ def compare_prune(
     model: str = "lenet-300-100",
     data: str = "fashion-mnist",
     entrant: list[str] | None = None,
-    density: list[float] | None = None,
+    unit: Unit = "density",
+    share: Shares = None,
     seeds: int | None = None,
     steps: int | None = None,
     quick: Flag = False,
@@ -176,10 +179,11 @@ def compare_prune(
         model: A zoo model, or path.py:factory. A factory that takes scale= also gives the small dense baseline.
         data: digits, fashion-mnist, wine, breast-cancer, an .npz, a .csv, a folder of images, or path.py:factory.
         entrant: Name of an entrant; repeat for several; all by default.
-        density: Share of weights to keep; repeat for several.
+        unit: density compares pruners of single weights; macs, params and bytes those that cut channels.
+        share: Share to keep; repeat for several.
         seeds: Number of seeds; 3 by default.
         steps: Optimizer steps of one training in all, pruning rounds included.
-        quick: Two densities, two seeds, 200 steps.
+        quick: Two shares, two seeds, 200 steps.
         workers: Worker processes; one a core by default, 0 works in this process.
         store: Where records go; the user's own store by default.
         report: Folder for the report.
@@ -195,7 +199,8 @@ def compare_prune(
             model=model,
             data=data,
             entrants=entrant,
-            densities=density,
+            unit=unit,
+            shares=share,
             seeds=seeds,
             steps=steps,
             quick=quick,
@@ -219,7 +224,7 @@ def _print_tables(found: Comparison) -> None:
             _, low, high = table.spread.get(row.arm, (0.0, math.nan, math.nan))
             better = "" if row.arm == found.baseline else str(row.outcome)
             shown.add_row(str(row.rank), row.arm, _number(row.mean), f"{_number(low)} to {_number(high)}", better)
-        console.print(f"\n[bold]density {table.density:.3g}[/]")
+        console.print(f"\n[bold]{table.unit} {table.share:.3g}[/]")
         console.print(shown)
         for arm, problem in table.problems.items():
             console.print(f"{arm}: {problem}", markup=False, highlight=False)

@@ -358,18 +358,44 @@ class ClaimTask:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
     def train(
-        self, model: nn.Module, *, steps: int, part: int = 0, after_step: Callable[[int], None] | None = None
+        self,
+        model: nn.Module,
+        *,
+        steps: int,
+        part: int = 0,
+        after_step: Callable[[int], None] | None = None,
+        optimizer: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
     ) -> None:
         """Train in place; every part sees the same batches, as a rewound training must."""
         hooks = self.hooks(model, part) if self.hooks else []
+        make = self.optimizer
+        if optimizer is not None:
+            base, wrap = make or _adam, optimizer
+
+            def make(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+                return wrap(model, base(parameters))
+
         self.ctx.train(
             model,
             self.data,
             steps=steps,
-            optimizer=self.optimizer,
+            optimizer=make,
             schedule=(lambda made: CosineAnnealingLR(made, steps)) if self.cosine else None,
             hooks=[*hooks, *_after(after_step)],
         )
+
+    def parts(self, count: int, *, by: Literal["class", "chance"], seed: int) -> list[ClaimTask]:
+        """Return tasks on disjoint parts of the training data."""
+        shares = self.data.parts(count, by=by, seed=seed)
+        return [
+            ClaimTask(self.ctx, share, cosine=self.cosine, optimizer=self.optimizer, hooks=self.hooks)
+            for share in shares
+        ]
+
+
+def _adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the optimizer a context makes of its own."""
+    return torch.optim.Adam(parameters, lr=1.2e-3, fused=True)
 
 
 class _After:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from nervure._kit import Diverged
+from nervure._kit import Diverged, NoEffect
 from nervure.compress.recipe import ClaimTask, Pruned, Recipe, sensitivity
-from nervure.core import allocate, masks, modules, rng, scores
+from nervure.core import allocate, masks, modules, residual, rng, scores
 from nervure.spec import Budget, Card, Check, Ctx, Data, Task, claim
 
 CARD = Card(
@@ -28,7 +29,7 @@ CARD = Card(
         "network off the edge. Initialise on the edge and rescale every layer after pruning to return to it."
     ),
     tags=("pruning", "SNIP", "pruning at initialisation", "sensitivity", "edge of chaos", "SBP-SR", "mean field"),
-    provides=("Snip", "SbpSr", "rescale"),
+    provides=("Snip", "SbpSr", "rescale", "stable_residual"),
     protocol="pruner",
     entrants={"snip": "Snip", "sbp-sr": "SbpSr"},
     claims=("layer_scores", "forward_variance", "deep_training"),
@@ -38,12 +39,13 @@ CARD = Card(
         "The expectation in the factor is the mean over the layer's own weights.",
         "For a ReLU network without biases the sum of w dL/dw is the same in every layer whatever the variance of the "
         "weights, so its scores cannot differ by depth: the ordered phase is shown with biases, the chaotic with tanh.",
-        "Stable ResNet scaling is not included.",
+        "Stable ResNet scales all branches by 1 / sqrt(L); the variant that decreases with depth is not included.",
     ),
     verified=(
         "Scores equal |dL/dc| of a gated forward in float64.",
         "Forward variances equal the mean-field recursion at width 2000 to one percent.",
         "After rescaling fan_in * mean(w^2) is the target exactly.",
+        "Stable ResNet: forward powers follow (1 + 1/L)^L, and 2^L without it; outputs equal the scaled last layers'.",
     ),
 )
 
@@ -54,7 +56,7 @@ class Snip:
     Args:
         rounds_rate: Share dropped a round where scores are computed anew after each; None for the one shot of SNIP.
 
-    Example:
+    Examples:
         >>> from nervure.testing import toy_task
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> small = Snip().fit(net, toy_task(), Budget(target=0.25, steps=10), seed=0)
@@ -79,7 +81,7 @@ class SbpSr:
     Args:
         gain: Target of sqrt(fan_in * mean(w^2)): sqrt(2) for ReLU, 1 for tanh.
 
-    Example:
+    Examples:
         >>> from nervure.testing import toy_task
         >>> net = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
         >>> small = SbpSr().fit(net, toy_task(), Budget(target=0.25, steps=0), seed=0)
@@ -124,6 +126,45 @@ def rescale(model: nn.Module, *, gain: float = math.sqrt(2), order: list[int] | 
     for name, factor in factors.items():
         named[name].mul_(factor)
     return factors
+
+
+def stable_residual(model: nn.Module, *, factor: float | None = None) -> fx.GraphModule:
+    """Return a copy of a residual network whose L branches are multiplied by 1 / sqrt(L).
+
+    y = x + f(x) / sqrt(L): where each branch keeps the power of its input, that of the output grows by
+    (1 + 1/L)^L <= e at initialisation, however deep the network is, and by 2^L without the factor. Residual adds are
+    found in the traced graph, projected skips included; the factor stands in the forward pass.
+
+    Args:
+        model: The network, left as it is.
+        factor: Factor of every branch; None takes 1 / sqrt(L), L the number of residual adds.
+
+    Returns:
+        The copy, with the model's parameter names and modes; a module the forward never uses is not in it.
+
+    Raises:
+        NoEffect: If the network has no residual add.
+
+    Examples:
+        >>> from nervure import zoo
+        >>> net = zoo.case("residual-conv").model()
+        >>> stable_residual(net).code.count("* 0.7071")  # two blocks
+        2
+    """
+    twin = copy.deepcopy(model)
+    graph = residual.trace(twin, method="stable_residual")
+    adds = residual.residual_adds(twin, graph)
+    if not adds:
+        raise NoEffect("the network has no residual add", expected="x + f(x) in its forward pass")
+    factor = 1 / math.sqrt(len(adds)) if factor is None else factor
+    for add in adds:
+        with graph.inserting_before(add.node):
+            add.node.replace_input_with(add.branch, graph.call_function(operator.mul, (add.branch, factor)))
+    made = fx.GraphModule(twin, graph, type(model).__name__)
+    modes = {name: module.training for name, module in model.named_modules(remove_duplicate=False)}
+    for name, module in made.named_modules(remove_duplicate=False):
+        module.training = modes[name]
+    return made
 
 
 class DeepMLP(nn.Module):

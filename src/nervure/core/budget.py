@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from nervure._kit import BadModel
 from nervure.core import forward
@@ -18,7 +18,8 @@ from nervure.core import forward
 class Meter:
     """Count what a stretch of work spends.
 
-    Optimizer steps are counted for every optimizer that steps meanwhile; forwards and backwards for the watched
+    Optimizer steps are counted for every optimizer that steps meanwhile, one that steps inside the step of another not
+    again; forwards and backwards for the watched
     models; saved bytes for every tensor that autograd keeps, parameters left out.
 
     Args:
@@ -39,10 +40,12 @@ class Meter:
         self.seconds = self.cpu_seconds = 0.0
         self.saved_bytes = self.peak_saved_bytes = 0
         self._handles: list[Any] = []
+        self._outermost: torch.optim.Optimizer | None = None
 
     def __enter__(self) -> Meter:
         parameters = {p.untyped_storage().data_ptr() for model in self.models for p in model.parameters()}
         self._handles = [model.register_forward_hook(self._forward) for model in self.models]
+        self._handles.append(register_optimizer_step_pre_hook(self._enter_step))
         self._handles.append(register_optimizer_step_post_hook(self._step))
         self._saved: AbstractContextManager[Any] = nullcontext()
         if self.track_saved:
@@ -75,8 +78,14 @@ class Meter:
     def _backward(self, gradient: Tensor) -> None:
         self.backwards += 1
 
+    def _enter_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        if self._outermost is None:
+            self._outermost = optimizer
+
     def _step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self.steps += 1
+        if optimizer is self._outermost:
+            self.steps += 1
+            self._outermost = None
 
     def cost(self) -> dict[str, float]:
         """Return the counts as a dict for a Record."""

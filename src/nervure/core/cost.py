@@ -61,7 +61,7 @@ def cost(model: nn.Module, inputs: Any) -> Cost:
         32
     """
     parameters = list(model.parameters())
-    physical = _physical_macs(model, inputs)
+    physical = macs(model, inputs)
     return Cost(
         parameters=sum(parameter.numel() for parameter in parameters),
         nonzeros=sum(int(torch.count_nonzero(parameter)) for parameter in parameters),
@@ -102,8 +102,18 @@ def _slow_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def _physical_macs(model: nn.Module, inputs: Any) -> int:
-    """Count operators as they run, fused recurrent kernels switched off because the counter cannot see into them."""
+def macs(model: nn.Module, inputs: Any) -> int:
+    """Count the multiply-adds the hardware does, operator by operator as they run, in eval mode.
+
+    Fused recurrent kernels are switched off for it, because the counter cannot see into them.
+
+    Args:
+        model: The model, left as it is.
+        inputs: A batch's inputs.
+
+    Returns:
+        The count.
+    """
     counter = FlopCounterMode(display=False)
     with forward.mode(model, train=False), torch.no_grad(), _slow_attention(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="TF32 acceleration on top of oneDNN")  # said by the switch itself

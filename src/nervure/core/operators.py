@@ -2,105 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nervure._kit import BadData, NotDeterministic, UsageError
-from nervure.core.capture import refuse_batch_statistics, require_samples, undisturbed, without_draws
+from nervure._kit import NotDeterministic, UsageError
+from nervure.core.capture import undisturbed
 from nervure.core.forward import batch_size, outputs
+from nervure.core.graph import Graph, Multiply, Stage, as_batches
 from nervure.core.persample import Loss, sample_losses
-from nervure.core.vectors import flatten, only, select, unflatten
+from nervure.core.vectors import unflatten
 from nervure.spec import Batch
 
 Likelihood = Literal["categorical", "gaussian"]
-Multiply = Callable[[Tensor], Tensor]
+Build = Callable[[Graph, Any], Multiply]
 
 
-class Graph:
-    """Hold one batch's forward pass and differentiate through it as often as asked.
-
-    Args:
-        output: The main output, shape (N, ...), with its graph.
-        targets: The targets.
-        loss: From (output, targets) to the mean loss of the batch.
-        parameters: The chosen parameters.
-    """
-
-    def __init__(self, output: Tensor, targets: Any, loss: Loss, parameters: Sequence[nn.Parameter]) -> None:
-        self.output, self.targets, self.loss, self.parameters = output, targets, loss, parameters
-        self._gradients: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def hessian(self) -> Multiply:
-        """Return v -> H v of the mean loss."""
-        gradient = self._flat(torch.autograd.grad(self.loss(self.output, self.targets), self.parameters, **_KEEP))
-        return lambda v: self._pull(gradient, v)
-
-    def jacobian(self, values: Tensor) -> Multiply:
-        """Return v -> J v of a tensor of the graph, by two backward passes.
-
-        Args:
-            values: The tensor.
-
-        Returns:
-            The map from a flat vector to a tensor of the shape of `values`.
-        """
-        u = torch.zeros_like(values).requires_grad_()
-        gradient = self._flat(torch.autograd.grad(values, self.parameters, u, **_KEEP))
-
-        def multiply(v: Tensor) -> Tensor:
-            if not gradient.requires_grad:
-                return torch.zeros_like(values)
-            found = torch.autograd.grad(gradient, u, v, retain_graph=True, allow_unused=True)[0]
-            return torch.zeros_like(values) if found is None else found
-
-        return multiply
-
-    def sandwich(self, values: Tensor, middle: Multiply) -> Multiply:
-        """Return v -> J' M J v.
-
-        Args:
-            values: The tensor J is the Jacobian of.
-            middle: The symmetric map M.
-
-        Returns:
-            The product.
-        """
-        push = self.jacobian(values)
-        return lambda v: self._pull(values, middle(push(v)))
-
-    def output_hessian(self) -> Multiply:
-        """Return u -> (Hessian of the mean loss with respect to the output) u."""
-        leaf = self.output.detach().requires_grad_()
-        gradient = torch.autograd.grad(self.loss(leaf, self.targets), leaf, create_graph=True)[0]
-
-        def multiply(u: Tensor) -> Tensor:
-            if not gradient.requires_grad:
-                return torch.zeros_like(u)
-            found = torch.autograd.grad(gradient, leaf, u, retain_graph=True, allow_unused=True)[0]
-            return torch.zeros_like(u) if found is None else found
-
-        return multiply
-
-    def _pull(self, values: Tensor, cotangent: Tensor) -> Tensor:
-        if not values.requires_grad:
-            return torch.cat([torch.zeros_like(value).flatten() for value in self.parameters])
-        found = torch.autograd.grad(values, self.parameters, cotangent, retain_graph=True, allow_unused=True)
-        return self._flat(found).detach()
-
-    def _flat(self, found: Iterable[Tensor | None]) -> Tensor:
-        pairs = zip(found, self.parameters, strict=True)
-        return flatten([torch.zeros_like(value) if g is None else g for g, value in pairs])
-
-
-_KEEP: dict[str, Any] = {"create_graph": True, "allow_unused": True}
-
-
-class Operator:
+class Operator(Stage):
     """Multiply flat parameter vectors by a symmetric matrix that belongs to a model, a loss and batches.
 
     With one batch its graph is kept and every product costs one or two backward passes; with several batches each is
@@ -111,7 +31,7 @@ class Operator:
         model: The model, in the mode it is in; live dropout and batch normalisation in train mode are refused.
         batches: One batch (inputs, targets) or a sequence of batches.
         loss: From (output, targets) to the mean loss of a batch.
-        build: From the graph of one batch to the product with that batch's matrix.
+        build: From the graph of one batch and its targets to the product with that batch's matrix.
         parameters: Names or prefixes; None takes all that require a gradient.
 
     Raises:
@@ -124,22 +44,14 @@ class Operator:
         model: nn.Module,
         batches: Batch | Sequence[Batch],
         loss: Loss,
-        build: Callable[[Graph], Multiply],
+        build: Build,
         *,
         parameters: Iterable[str] | None = None,
     ) -> None:
-        refuse_batch_statistics(model, "curvature operators")
-        self.model, self.loss, self.build = model, loss, build
-        self.batches = as_batches(batches)
-        if not self.batches:
-            raise BadData("there is no batch", expected="at least one (inputs, targets)")
-        self.parameters = select(model, parameters)
-        self.samples = sum(batch_size(inputs) for inputs, _ in self.batches)
-        first = next(iter(self.parameters.values()))
-        self.size = sum(value.numel() for value in self.parameters.values())
-        self.dtype, self.device = first.dtype, first.device
+        super().__init__(model, batches, parameters=parameters)
+        self.loss, self.build = loss, build
         self.products = 0
-        with self._ready():
+        with self.ready():
             once, again = (self._loss_of(self.batches[0]) for _ in range(2))
             if not torch.equal(once, again):
                 raise NotDeterministic("the loss of one batch differs between two calls", expected=once, found=again)
@@ -156,7 +68,7 @@ class Operator:
         if vector.shape != (self.size,):
             raise UsageError("the vector does not fit the operator", expected=(self.size,), found=tuple(vector.shape))
         self.products += 1
-        with self._ready():
+        with self.ready():
             if self._kept is not None:
                 return self._kept(vector)
             total = torch.zeros_like(vector)
@@ -173,44 +85,12 @@ class Operator:
         """Cut a flat vector into tensors by parameter name."""
         return unflatten(vector, self.parameters)
 
-    @contextlib.contextmanager
-    def _ready(self) -> Iterator[None]:
-        # The fused attention kernels, and cuDNN's recurrent ones, have no second derivative.
-        recurrent = self.device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in self.model.modules())
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(only(self.model, self.parameters))
-            stack.enter_context(undisturbed(self.model))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            if recurrent:
-                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
-            yield
-
-    def _output(self, inputs: Any) -> Tensor:
-        with without_draws(self.model, "curvature operators"):
-            output = outputs(self.model, inputs)
-        require_samples(output, batch_size(inputs))
-        return output
-
     def _loss_of(self, batch: Batch) -> Tensor:
         with torch.no_grad():
-            return self.loss(self._output(batch[0]), batch[1])
+            return self.loss(self.output(batch[0]), batch[1])
 
     def _multiply(self, batch: Batch) -> Multiply:
-        return self.build(Graph(self._output(batch[0]), batch[1], self.loss, list(self.parameters.values())))
-
-
-def as_batches(batches: Batch | Sequence[Batch]) -> list[Batch]:
-    """Return a list of batches from one batch or several.
-
-    Args:
-        batches: One (inputs, targets), or a sequence or loader of such.
-
-    Returns:
-        The batches.
-    """
-    if isinstance(batches, tuple) and len(batches) == 2 and isinstance(batches[1], Tensor):
-        return [batches]
-    return [tuple(batch) for batch in batches]
+        return self.build(self.graph(batch[0]), batch[1])
 
 
 def hessian(
@@ -227,12 +107,16 @@ def hessian(
     Returns:
         The operator.
 
-    Example:
+    Examples:
         >>> model, batch = nn.Linear(2, 1), (torch.randn(8, 2), torch.randn(8, 1))
         >>> (hessian(model, batch, nn.functional.mse_loss) @ torch.ones(3)).shape
         torch.Size([3])
     """
-    return Operator(model, batches, loss, Graph.hessian, parameters=parameters)
+
+    def build(graph: Graph, targets: Any) -> Multiply:
+        return graph.hessian(loss(graph.output, targets))
+
+    return Operator(model, batches, loss, build, parameters=parameters)
 
 
 def gauss_newton(
@@ -249,9 +133,25 @@ def gauss_newton(
     Returns:
         The operator.
     """
-    return Operator(
-        model, batches, loss, lambda graph: graph.sandwich(graph.output, graph.output_hessian()), parameters=parameters
-    )
+
+    def build(graph: Graph, targets: Any) -> Multiply:
+        return graph.sandwich(graph.output, _output_hessian(loss, graph.output, targets))
+
+    return Operator(model, batches, loss, build, parameters=parameters)
+
+
+def _output_hessian(loss: Loss, output: Tensor, targets: Any) -> Multiply:
+    """Return u -> (Hessian of the mean loss with respect to the output) u."""
+    leaf = output.detach().requires_grad_()
+    gradient = torch.autograd.grad(loss(leaf, targets), leaf, create_graph=True)[0]
+
+    def multiply(u: Tensor) -> Tensor:
+        if not gradient.requires_grad:
+            return torch.zeros_like(u)
+        found = torch.autograd.grad(gradient, leaf, u, retain_graph=True, allow_unused=True)[0]
+        return torch.zeros_like(u) if found is None else found
+
+    return multiply
 
 
 def fisher(
@@ -273,7 +173,7 @@ def fisher(
         The operator.
     """
 
-    def build(graph: Graph) -> Multiply:
+    def build(graph: Graph, targets: Any) -> Multiply:
         p = graph.output.detach().softmax(-1)
 
         def middle(u: Tensor) -> Tensor:
@@ -300,8 +200,8 @@ def empirical_fisher(
         The operator.
     """
 
-    def build(graph: Graph) -> Multiply:
-        losses = sample_losses(graph.loss, graph.output, graph.targets)
+    def build(graph: Graph, targets: Any) -> Multiply:
+        losses = sample_losses(loss, graph.output, targets)
         return graph.sandwich(losses, lambda u: u / len(u))
 
     return Operator(model, batches, loss, build, parameters=parameters)
@@ -350,8 +250,8 @@ def gradient_covariance(
         The operator.
     """
 
-    def build(graph: Graph) -> Multiply:
-        losses = sample_losses(graph.loss, graph.output, graph.targets)
+    def build(graph: Graph, targets: Any) -> Multiply:
+        losses = sample_losses(loss, graph.output, targets)
         return graph.sandwich(losses, lambda u: (u - u.mean()) / len(u))
 
     return Operator(model, batches, loss, build, parameters=parameters)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from torch import Tensor, nn
 
 from nervure._kit import BadData, BadModel, UsageError
 from nervure.core import masks
+from nervure.core.channels import rebuild
 from nervure.core.factory import build_model
 
 FORMAT = 1
 
 
-def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> Path:
+def save(
+    model: nn.Module, path: str | Path, *, factory: str | None = None, cut: Mapping[str, Any] | None = None
+) -> Path:
     """Write weights, buffers, masks and ties, and how to build the model they fit.
 
     The file is written beside its place and moved there when complete.
@@ -28,6 +31,7 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> P
         model: The model.
         path: Where to; a name ending in ``.safetensors``.
         factory: ``path.py:factory`` that builds the unchanged model, so that `load` needs no model.
+        cut: How this model's shape differs from the unchanged one's; see `nervure.core.channels.recipe`.
 
     Returns:
         The path.
@@ -41,6 +45,8 @@ def save(model: nn.Module, path: str | Path, *, factory: str | None = None) -> P
     state, ties = _untie(model.state_dict())
     dropped = sorted(masks.read(model))
     recipe = {"format": FORMAT, "factory": factory, "masks": dropped, "ties": ties}
+    if cut is not None:
+        recipe["cut"] = dict(cut)
     partial = target.with_suffix(".part")
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, {"recipe": json.dumps(recipe)})
     partial.replace(target)
@@ -93,6 +99,8 @@ def load(
         if recipe["factory"] is None:
             raise UsageError(f"{path} names no factory", try_="load(path, model=...) with an unchanged model")
         model = build(recipe["factory"])
+    if recipe.get("cut"):
+        model = rebuild(model, recipe["cut"])
     return _fill(model, state, recipe, str(path))
 
 

@@ -2,6 +2,6 @@
 
 from nervure.data.fashion import fetch_fashion_mnist
 from nervure.data.sources import load, names
-from nervure.data.splits import Arrays, Splits, split
+from nervure.data.splits import Arrays, Splits, parts, split
 
-__all__ = ["Arrays", "Splits", "fetch_fashion_mnist", "load", "names", "split"]
+__all__ = ["Arrays", "Splits", "fetch_fashion_mnist", "load", "names", "parts", "split"]

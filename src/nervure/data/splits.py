@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nervure._kit import BadData
+from nervure._kit import BadData, UsageError
 from nervure.core import rng
 
 
@@ -49,6 +50,41 @@ class Splits:
             validation_x=self.validation_x.flatten(1),
             test_x=self.test_x.flatten(1),
         )
+
+    def parts(self, count: int, *, by: Literal["class", "chance"], seed: int) -> list[Splits]:
+        """Return the same data with disjoint parts of the training samples; see `parts`."""
+        places = parts(self.train_y, count, by=by, seed=seed)
+        return [replace(self, train_x=self.train_x[place], train_y=self.train_y[place]) for place in places]
+
+
+def parts(y: Tensor, count: int, *, by: Literal["class", "chance"], seed: int) -> list[Tensor]:
+    """Cut samples into disjoint parts.
+
+    Args:
+        y: Labels, shape (N,).
+        count: Number of parts, at least 1.
+        by: ``"class"`` gives every part whole classes, ``"chance"`` samples by chance.
+        seed: Draws who comes where.
+
+    Returns:
+        Places of each part's samples, in rising order.
+
+    Raises:
+        UsageError: If there are fewer classes or samples than parts.
+
+    Examples:
+        >>> y = torch.tensor([0, 1, 2, 3, 0, 1])
+        >>> sorted(len(part) for part in parts(y, 2, by="chance", seed=0))
+        [3, 3]
+    """
+    draw = rng.generator("parts", by, seed)
+    groups = torch.unique(y) if by == "class" else torch.arange(len(y))
+    if not 1 <= count <= len(groups):
+        raise UsageError(f"{count} parts cannot be made", expected=f"1 to {len(groups)} by {by}")
+    shares = groups[torch.randperm(len(groups), generator=draw)].tensor_split(count)
+    if by == "class":
+        return [torch.isin(y, share.to(y.device)).nonzero().squeeze(1) for share in shares]
+    return [share.sort().values for share in shares]
 
 
 @dataclass(frozen=True)

@@ -1,101 +1,131 @@
-"""The arithmetic of IVON on blocks of parameters, each small enough to stay in a core's cache."""
+"""The memory of IVON: spans that a pass serves in one call, of blocks that stay in cache from one copy to the next."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, groupby
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nervure._kit import Unsupported
-from nervure.core import rng
+from nervure.core.noise import Stream
+from nervure.optim._ivon_kernels import HALF, Kernels, Rule, choose
 
-BLOCK = 1 << 16
+BLOCK = 1 << 18
 """Elements of a block; a larger parameter is a block of its own."""
 
+ALIGN = 16
+"""Elements that every parameter starts at a multiple of, so that no vector crosses a cache line."""
 
-class Noise:
-    """Draw from one random stream for each device, apart from torch's global ones.
 
-    Args:
-        seed: The seed.
+class Rows(NamedTuple):
+    """Vectors of equal length.
+
+    Attributes:
+        hess: The Hessian.
+        momentum: The momentum.
+        shift: What a sample adds to the mean, then what an update adds to it.
+        saved: The mean inside a sample, in the parameters' own precision.
+        packed: The gradients, in memory that blocks may share.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-        self.streams: dict[str, torch.Generator] = {}
+    hess: Tensor
+    momentum: Tensor
+    shift: Tensor
+    saved: Tensor
+    packed: Tensor
 
-    def fill(self, out: Tensor) -> None:
-        """Fill a tensor with standard normal numbers in place."""
-        out.normal_(generator=self._stream(str(out.device)))
-
-    def _stream(self, device: str) -> torch.Generator:
-        if device not in self.streams:
-            self.streams[device] = torch.Generator(device).manual_seed(rng.seed_for("ivon", self.seed, device))
-        return self.streams[device]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the seed and the state of every stream."""
-        return {"seed": self.seed, "streams": {name: stream.get_state() for name, stream in self.streams.items()}}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state."""
-        self.seed, self.streams = state["seed"], {}
-        for device, stream in state["streams"].items():
-            self._stream(device).set_state(stream.cpu())
+    def cut(self, start: int, stop: int) -> Rows:
+        """Return a stretch of every vector."""
+        return Rows(*(row[start:stop] for row in self))
 
 
-def cut(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut the trainable parameters into parts of one device and type and at most `BLOCK` elements, or one parameter.
+def lay_out(groups: Sequence[dict[str, Any]], state: Any, *, fused: bool) -> list[Span]:
+    """Give the trainable parameters of every group, device and type their memory.
 
     Args:
-        params: The parameters of a group.
+        groups: The optimizer's groups.
+        state: The optimizer's state; what it holds is taken over, and it then holds views of the memory.
+        fused: Whether the passes over the memory are compiled.
 
-    Yields:
-        The parts.
+    Returns:
+        The spans.
+
+    Raises:
+        Unsupported: If parameters are complex.
     """
-    open_parts: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    spans: list[Span] = []
+    for group in groups:
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in group["params"]:
+            if p.requires_grad:
+                alike.setdefault((p.device, p.dtype), []).append(p)
+        for params in alike.values():
+            spans += _spans(params, group, state, fused=fused)
+    return spans
+
+
+def _spans(params: list[Tensor], group: dict[str, Any], state: Any, *, fused: bool) -> Iterator[Span]:
+    like = params[0]
+    if not like.is_floating_point():
+        raise Unsupported("IVON", "parameter", why=f"its type is {like.dtype}", try_="real parameters")
+    kind = torch.float64 if like.dtype is torch.float64 else torch.float32
+    kernels = choose(like.device, kind, fused=fused)
+    parts = list(_cut(params))
+    lengths = [_up(sum(map(_room, part)), 2 * HALF) for part in parts]
+    length = sum(lengths)
+    # Each row is memory of its own, so that what is saved with a state is that alone.
+    shift, momentum = (torch.zeros(length, dtype=kind, device=like.device) for _ in range(2))
+    hess = torch.full_like(shift, group["hess_init"])
+    packed = shift.new_zeros(length if kernels.whole else max(lengths))
+    rows = Rows(hess, momentum, shift, torch.zeros_like(shift, dtype=like.dtype), packed)
+    if kernels.whole:
+        yield Span(rows, parts, lengths, state, group=group, kernels=kernels)
+        return
+    for part, size, end in zip(parts, lengths, accumulate(lengths), strict=True):
+        own = rows.cut(end - size, end)._replace(packed=packed[:size])
+        yield Span(own, [part], [size], state, group=group, kernels=kernels)
+
+
+def _up(length: int, to: int) -> int:
+    return -(-length // to) * to
+
+
+def _room(parameter: Tensor) -> int:
+    return _up(parameter.numel(), ALIGN)
+
+
+def _cut(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    part: list[Tensor] = []
+    length = 0
     for p in params:
-        if not p.requires_grad:
-            continue
-        part = open_parts.setdefault((p.device, p.dtype), [])
-        if part and sum(other.numel() for other in part) + p.numel() > BLOCK:
+        if part and length + _room(p) > BLOCK:
             yield part
-            part = open_parts[p.device, p.dtype] = []
+            part, length = [], 0
         part.append(p)
-    yield from open_parts.values()
+        length += _room(p)
+    yield part
 
 
 class Block:
-    """Hold some parameters of one group, device and type, with their state in contiguous memory.
+    """Hold some neighbouring parameters, and views of memory in their shapes.
 
     Args:
         params: The parameters.
-        group: Their group, the source of the hyper-parameters.
-        state: The optimizer's state; what it holds is taken over, and it then holds views of this block's memory.
-
-    Raises:
-        Unsupported: If the parameters are complex.
+        rows: Their memory.
+        state: The optimizer's state.
     """
 
-    def __init__(self, params: list[Tensor], group: dict[str, Any], state: Any) -> None:
-        like = params[0]
-        if not like.is_floating_point():
-            raise Unsupported("IVON", "parameter", why=f"its type is {like.dtype}", try_="real parameters")
-        self.params, self.group = params, group
-        self.sizes = [p.numel() for p in params]
-        kind = torch.float64 if like.dtype is torch.float64 else torch.float32
-        flat = torch.zeros(6, sum(self.sizes), dtype=kind, device=like.device)
-        # root is sqrt(h + delta) from a sample to its step, mean the mean in the state's precision.
-        self.hess, self.momentum, self.eps, self.root, self.mean, self.grad = flat
-        self.saved = self.mean if like.dtype is kind else torch.empty_like(self.mean, dtype=like.dtype)
-        self.sampled = torch.empty_like(self.saved)
-        self.saved_views, self.sampled_views, self.mean_views = map(self._views, (self.saved, self.sampled, self.mean))
-        self.hess.fill_(group["hess_init"])
-        for p, hess, momentum in zip(params, self._views(self.hess), self._views(self.momentum), strict=True):
+    def __init__(self, params: list[Tensor], rows: Rows, state: Any) -> None:
+        self.params, self.rows = params, rows
+        self.sizes = [_room(p) for p in params]
+        hessians, momenta, self.shift_views, self.saved_views, self.packed_views = map(self._views, rows)
+        for p, *views in zip(params, hessians, momenta, strict=True):
             old = state[p]
-            for name, view in (("hess", hess), ("momentum", momentum)):
+            for name, view in zip(("hess", "momentum"), views, strict=True):
                 if name in old:
                     view.copy_(old[name])
                 old[name] = view
@@ -103,24 +133,18 @@ class Block:
         self.product: Tensor | None = None
         self.raw: Tensor | None = None
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        parts = flat.split(self.sizes)
-        return [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+    def parts(self, flat: Tensor) -> list[Tensor]:
+        """Cut a row of the block into one vector for each parameter."""
+        rows = flat[: sum(self.sizes)].split(self.sizes)
+        return [row[: p.numel()] for row, p in zip(rows, self.params, strict=True)]
 
-    def perturb(self, noise: Noise) -> None:
-        """Remember the mean and add eps / sqrt(ess (h + delta)) to the parameters."""
-        if self.product is None:
-            torch.add(self.hess, self.group["weight_decay"], out=self.root).sqrt_()
-        noise.fill(self.eps)
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        return [part.view(p.shape) for part, p in zip(self.parts(flat), self.params, strict=True)]
+
+    def perturb(self) -> None:
+        """Remember the mean and shift the parameters."""
         torch._foreach_copy_(self.saved_views, self.params)
-        if self.mean is not self.saved:
-            self.mean.copy_(self.saved)
-        value = self.group["ess"] ** -0.5
-        if self.mean is self.saved:
-            torch.addcdiv(self.mean, self.eps, self.root, value=value, out=self.sampled)
-        else:
-            self.sampled.copy_(torch.addcdiv(self.mean, self.eps, self.root, value=value))
-        torch._foreach_copy_(self.params, self.sampled_views)
+        torch._foreach_add_(self.params, self.shift_views)
 
     def restore(self) -> None:
         """Put the mean back into the parameters."""
@@ -128,10 +152,10 @@ class Block:
             torch._foreach_copy_(self.params, self.saved_views)
 
     def keep(self) -> None:
-        """Keep gradient times noise of the first sample before the second one overwrites the noise."""
+        """Keep gradient times shift of the first sample before the second one overwrites the shift."""
         if self.product is None:
-            self.raw = self._pack().clone() if self.raw is None else self.raw
-            self.product = self.eps * self.raw
+            self.raw = self.pack().clone() if self.raw is None else self.raw
+            self.product = self.rows.shift * self.raw
 
     def forget(self) -> None:
         """Forget the samples of the last step."""
@@ -146,18 +170,18 @@ class Block:
         """
         if count == 1 and all(grad is None for grad in before):
             return
-        change = self._pack()
+        change = self.pack()
         if self.product is None or self.raw is None:
             self.raw = change.clone()
         else:
-            self.product.lerp_(self.eps * change, 1 / count)
+            self.product.lerp_(self.rows.shift * change, 1 / count)
             change.sub_(self.raw).div_(count)
             self.raw += change
         for p, old, new in zip(self.params, before, self._views(change), strict=True):
             if old is not None or p.grad is not None:
                 p.grad = (new.clone() if old is None else old + new).to(p.dtype)
 
-    def _pack(self) -> Tensor:
+    def pack(self) -> Tensor:
         """Return the gradients as one vector in the state's precision, zeros where there is none.
 
         Raises:
@@ -166,13 +190,69 @@ class Block:
         grads = [p.grad for p in self.params]
         if any(grad is not None and grad.layout is not torch.strided for grad in grads):
             raise Unsupported("IVON", "parameter", why="its gradient is sparse", try_="sparse=False")
-        parts = [
-            torch.zeros_like(p).view(-1) if grad is None else grad.reshape(-1)
-            for p, grad in zip(self.params, grads, strict=True)
+        filled = [torch.zeros_like(p) if grad is None else grad for p, grad in zip(self.params, grads, strict=True)]
+        torch._foreach_copy_(self.packed_views, filled)
+        return self.rows.packed
+
+    def rescale(self) -> None:
+        """Put the mean of gradient times shift in the shift, scaled as the gradients were between sample and step."""
+        assert self.product is not None
+        assert self.raw is not None
+        rows = (self.rows.shift, self.rows.packed, self.raw, self.product)
+        for out, new, raw, product in zip(*map(self.parts, rows), strict=True):
+            size = raw.dot(raw)
+            torch.mul(product, torch.where(size > 0, new.dot(raw) / size, 0.0), out=out)
+
+    def move(self) -> None:
+        """Add the change that an update left in the shift to the parameters that have a gradient."""
+        pairs = [(p, view) for p, view in zip(self.params, self.shift_views, strict=True) if p.grad is not None]
+        torch._foreach_add_([p for p, _ in pairs], [view for _, view in pairs])
+
+
+class Span:
+    """Hold neighbouring blocks of one group and serve them in one call of a pass.
+
+    Args:
+        rows: Their memory.
+        parts: The parameters of each block.
+        lengths: The elements of each block.
+        state: The optimizer's state.
+        group: Source of the hyper-parameters.
+        kernels: The passes.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        parts: Sequence[list[Tensor]],
+        lengths: Sequence[int],
+        state: Any,
+        *,
+        group: dict[str, Any],
+        kernels: Kernels,
+    ) -> None:
+        self.rows, self.group, self.kernels = rows, group, kernels
+        starts = [end - length for end, length in zip(accumulate(lengths), lengths, strict=True)]
+        self.blocks = [
+            Block(part, rows.cut(start, start + length), state)
+            for part, start, length in zip(parts, starts, lengths, strict=True)
         ]
-        if parts[0].dtype is self.grad.dtype:
-            return torch.cat(parts, out=self.grad)
-        return self.grad.copy_(torch.cat(parts))
+        self.places = [
+            (p, start + end - size, start + end)
+            for block, start in zip(self.blocks, starts, strict=True)
+            for p, size, end in zip(block.params, block.sizes, accumulate(block.sizes), strict=True)
+        ]
+
+    def perturb(self, noise: Stream) -> None:
+        """Draw the shift eps / sqrt(ess (h + delta)), remember the mean and shift the parameters."""
+        self.draw(noise)
+        for block in reversed(self.blocks):  # back from where the last pass ended, into what is still in cache
+            block.perturb()
+
+    def draw(self, noise: Stream) -> None:
+        """Draw the shift alone."""
+        state = noise.take(len(self.rows.shift) // 2)
+        self.kernels.draw(self.rows.shift, self.rows.hess, state, self.group["ess"], self.group["weight_decay"])
 
     def update(self, state: Any, scale: Tensor | None) -> None:
         """Move mean, momentum and Hessian; a parameter without a gradient stays as it is.
@@ -181,69 +261,51 @@ class Block:
             state: The optimizer's state, for the step counts.
             scale: What the gradients were multiplied by, or None.
         """
-        idle = [place for place, p in enumerate(self.params) if p.grad is None]
-        if len(idle) == len(self.params):
+        if all(p.grad is None for p, _, _ in self.places):
             return
-        grad = self._pack()
+        for block in reversed(self.blocks):
+            block.pack()
+        hess, momentum, shift, saved, grad = self.rows
         if scale is not None:
             grad.div_(scale.to(grad.device))
-        kept = [(row, [row.split(self.sizes)[place].clone() for place in idle]) for row in (self.hess, self.momentum)]
-        steps = self._count(state)
+        factor = grad
+        if self.blocks[0].product is not None:
+            for block in self.blocks:
+                block.rescale()
+            factor = torch.ones_like(grad)
+        mean = saved.to(grad.dtype)
+        for place, step in self._runs(state):
+            rows = (hess, momentum, mean, shift, factor, grad)
+            self.kernels.update(self._rule(step), *(row[place] for row in rows))
+        for block in reversed(self.blocks):
+            block.move()
+
+    def _runs(self, state: Any) -> Iterator[tuple[slice, int]]:
+        """Count the step.
+
+        Yields:
+            Each stretch of moved parameters that have made as many steps, and their number.
+        """
+        counted = []
+        for p, start, stop in self.places:
+            if p.grad is not None:
+                state[p]["step"] += 1
+            counted.append((state[p]["step"] if p.grad is not None else 0, start, stop))
+        for step, run in groupby(counted, key=itemgetter(0)):
+            stretch = list(run)
+            if step:
+                yield slice(stretch[0][1], stretch[-1][2]), step
+
+    def _rule(self, step: int) -> Rule:
         group = self.group
         beta1, beta2 = group["betas"]
-        rate, delta = 1 - beta2, group["weight_decay"]
-        if self.product is None:
-            self.eps.mul_(grad)
-        else:
-            self._rescale(grad)
-        self.momentum.lerp_(grad, 1 - beta1)
-        # f is h minus its estimate g eps sqrt(ess (h + delta)), then f / sqrt(h + delta).
-        f = torch.addcmul(self.hess, self.eps, self.root, value=-(group["ess"] ** 0.5), out=self.eps)
-        self.hess.add_(f, alpha=-rate)
-        f.div_(self.root)
-        self.hess.addcmul_(f, f, value=0.5 * rate**2)
-        for row, values in kept:
-            for place, value in zip(idle, values, strict=True):
-                row.split(self.sizes)[place].copy_(value)
-        precision = torch.add(self.hess, delta, out=self.root)
-        self._move(precision, [1 - beta1**step if step else 1.0 for step in steps])
-        moved = [(p, view) for p, view in zip(self.params, self.mean_views, strict=True) if p.grad is not None]
-        torch._foreach_copy_([p for p, _ in moved], [view for _, view in moved])
-
-    def _count(self, state: Any) -> list[int]:
-        steps = []
-        for p in self.params:
-            one = state[p]
-            one["step"] += p.grad is not None
-            steps.append(one["step"])
-        return steps
-
-    def _move(self, precision: Tensor, debias: list[float]) -> None:
-        """Set mean <- mean - lr clip((momentum / debias + delta mean) / precision)."""
-        group, delta = self.group, self.group["weight_decay"]
-        lr = float(group["lr"]) * (group["hess_init"] + delta if group["rescale_lr"] else 1.0)
-        self.mean_from_params()
-        if len(set(debias)) == 1:
-            torch.mul(self.momentum, 1 / debias[0], out=self.grad)
-        else:
-            torch._foreach_copy_(self._views(self.grad), torch._foreach_div(self._views(self.momentum), debias))
-        push = self.grad.add_(self.mean, alpha=delta)
-        if group["clip_radius"] < float("inf"):
-            push.div_(precision).clamp_(-group["clip_radius"], group["clip_radius"])
-            self.mean.add_(push, alpha=-lr)
-        else:
-            self.mean.addcdiv_(push, precision, value=-lr)
-
-    def mean_from_params(self) -> None:
-        """Take the mean from the parameters, which may have been changed since the sample."""
-        torch._foreach_copy_(self.mean_views, self.params)
-
-    def _rescale(self, grad: Tensor) -> None:
-        """Put the mean of gradient times noise in eps, scaled as the gradients were between sample and step."""
-        assert self.product is not None
-        assert self.raw is not None
-        for out, new, raw, product in zip(
-            *(row.split(self.sizes) for row in (self.eps, grad, self.raw, self.product)), strict=True
-        ):
-            size = raw.dot(raw)
-            torch.mul(product, torch.where(size > 0, new.dot(raw) / size, 0.0), out=out)
+        factor = group["hess_init"] + group["weight_decay"] if group["rescale_lr"] else 1.0
+        return Rule(
+            ess=group["ess"],
+            delta=group["weight_decay"],
+            momentum_gain=1 - beta1,
+            hess_gain=1 - beta2,
+            debias=1 - beta1**step,
+            lr=float(group["lr"]) * factor,
+            clip=group["clip_radius"],
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ Make = Callable[[Any], torch.optim.Optimizer]
 Predict = Callable[[Tensor], Tensor]
 
 _TEMPERATURES = torch.logspace(-1, 1, 101)
+_GRID = [(lr, ess, hess) for lr in (0.1, 0.3) for ess, hess in ((12e3, 0.1), (1e5, 0.1), (12e3, 0.5))]
+_RATES = (3e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 
 
 class _Sampled:
@@ -107,3 +110,24 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
     ranks = both.argsort().argsort().double() + 1
     n, m = len(inside), len(outside)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def compare(ctx: Ctx, ivon: Callable[..., Any], *, sabotaged: Callable[..., Any]) -> None:
+    """Measure IVON, its sabotage, AdamW with its calibrators and SGD."""
+    trial = Trial(ctx, trainings=21)
+
+    def make(kind: Callable[..., Any], lr: float, ess: float, hess: float) -> Make:
+        return lambda params: kind(params, lr=lr, ess=ess, hess_init=hess, seed=ctx.seed_for("noise"))
+
+    place, model, predict = trial.choose([make(ivon, *setting) for setting in _GRID])
+    trial.measure("ivon", predict)
+    trial.measure("ivon, mean weights", partial(chances, model))
+    trial.measure("noise after the gradient", trial.train(make(sabotaged, *_GRID[place]))[1])
+
+    adamw: list[Make] = [partial(torch.optim.AdamW, lr=lr, fused=True) for lr in _RATES]
+    place, model, predict = trial.choose(adamw)
+    trial.measure("adamw", predict)
+    trial.measure("adamw, temperature", partial(chances, model, temperature=trial.temperature(model)))
+    crowd = [predict, *(trial.train(adamw[place], draw=draw)[1] for draw in ("second", "third"))]
+    trial.measure("ensemble of 3", lambda x: torch.stack([one(x) for one in crowd]).mean(0))
+    trial.measure("sgd", trial.choose([partial(torch.optim.SGD, lr=10 * lr, momentum=0.9) for lr in _RATES])[2])

@@ -100,7 +100,7 @@ def leaderboard_files(
     """Write a comparison's report.
 
     Args:
-        tables: One leaderboard a density.
+        tables: One leaderboard a share.
         records: Their records.
         folder: Where to.
         name: Stem of the files.
@@ -118,7 +118,7 @@ def leaderboard_files(
         {
             "title": title,
             "tables": tables,
-            "plot": plots.density_plot(tables, metric),
+            "plot": plots.share_plot(tables, metric),
             "metric": metric,
             "baseline": baseline,
             "protocol": protocol,

@@ -122,11 +122,19 @@ def curves_plot(records: Sequence[Record], metric: str) -> str:
     return svg(figure)
 
 
-def density_plot(tables: Sequence[CaseTable], metric: str) -> str:
-    """Draw the metric against density with 95% intervals, one line an entrant; the dense network as a level.
+_SHARES = {
+    "density": "density (share of weights that are not zero)",
+    "macs": "share of the multiply-adds",
+    "params": "share of the parameters",
+    "bytes": "share of the bytes on disk",
+}
+
+
+def share_plot(tables: Sequence[CaseTable], metric: str) -> str:
+    """Draw the metric against the share that stays with 95% intervals; the dense network is a level.
 
     Args:
-        tables: One leaderboard a density.
+        tables: One leaderboard a share.
         metric: The metric's name.
 
     Returns:
@@ -137,7 +145,7 @@ def density_plot(tables: Sequence[CaseTable], metric: str) -> str:
     arms = sorted({arm for table in tables for arm in table.spread})
     for index, arm in enumerate(arms):
         colour = _COLOURS[index % len(_COLOURS)]
-        points = [(table.density, *table.spread[arm]) for table in tables if arm in table.spread]
+        points = [(table.share, *table.spread[arm]) for table in tables if arm in table.spread]
         x, mean = [point[0] for point in points], [point[1] for point in points]
         if arm == "dense":
             ax.axhline(mean[0], color=colour, lw=1, ls="--", label=arm)
@@ -149,7 +157,7 @@ def density_plot(tables: Sequence[CaseTable], metric: str) -> str:
         ax.errorbar(x, mean, yerr=gap, color=colour, lw=1.4, marker="o", ms=4, capsize=2, label=arm)
     ax.set_xscale("log")
     ax.invert_xaxis()
-    ax.set_xlabel("density (share of weights kept)", fontsize=8)
+    ax.set_xlabel(_SHARES[tables[0].unit] if tables else "share", fontsize=8)
     ax.set_ylabel(metric, fontsize=8)
     ax.tick_params(labelsize=7)
     ax.legend(fontsize=7, frameon=False)

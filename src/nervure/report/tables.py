@@ -76,21 +76,23 @@ class CaseTable:
 
     Args:
         case: The case's name.
-        density: The density it is compared at.
+        unit: What is counted: density, macs, params or bytes.
+        share: The share of it that stays.
         rows: The arms, best first.
         spread: Arm -> (mean, low, high) of the metric itself.
         problems: Arm -> first error text of its failed seeds.
     """
 
     case: str
-    density: float
+    unit: str
+    share: float
     rows: list[Row]
     spread: dict[str, tuple[float, float, float]]
     problems: dict[str, str]
 
 
 def case_tables(records: Sequence[Record], *, metric: str, baseline: str) -> list[CaseTable]:
-    """Return one leaderboard a density; the dense network's record stands in every one of them.
+    """Return one leaderboard a share; the dense network's record stands in every one of them.
 
     Args:
         records: Records of one comparison.
@@ -98,7 +100,7 @@ def case_tables(records: Sequence[Record], *, metric: str, baseline: str) -> lis
         baseline: The arm the others are compared with.
 
     Returns:
-        The tables, densest first.
+        The tables, the largest share first.
     """
     dense = [record for record in records if record.job.arm == "dense"]
     cases: dict[str, list[Record]] = {}
@@ -112,7 +114,7 @@ def case_tables(records: Sequence[Record], *, metric: str, baseline: str) -> lis
             for record in found
             if record.status is not Status.DONE
         }
-        # The dense network has no density of its own: its records stand in every case.
+        # The dense network has no share of its own: its records stand in every case.
         alike = [record.replace(job=replace(record.job, case=case)) for record in dense]
         together = [*alike, *found]
         unsupported = {arm for arm, text in problems.items() if text.startswith("Unsupported")}
@@ -121,5 +123,7 @@ def case_tables(records: Sequence[Record], *, metric: str, baseline: str) -> lis
         against = baseline if baseline in arms else min(arms, default=baseline)
         rows = leaderboard(ranked, metric=metric, better="higher", baseline=against) if arms else []
         spread = {row.arm: (row.mean, row.low, row.high) for row in arm_rows(ranked) if row.metric == metric}
-        tables.append(CaseTable(case, float(found[0].job.params["density"]), rows, spread, problems))
-    return sorted(tables, key=lambda table: -table.density)
+        unit = str(found[0].job.params.get("unit", "density"))
+        share = float(found[0].job.params["density" if unit == "density" else "share"])
+        tables.append(CaseTable(case, unit, share, rows, spread, problems))
+    return sorted(tables, key=lambda table: -table.share)

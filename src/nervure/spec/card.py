@@ -9,6 +9,7 @@ from dataclasses import dataclass
 FAMILIES = ("adapt", "compress", "inspect", "kernels", "layers", "sequence", "train")
 PROTOCOLS = (
     "pruner",
+    "channel-pruner",
     "initialiser",
     "optimizer",
     "loss",

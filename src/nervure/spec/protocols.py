@@ -97,6 +97,9 @@ class Data(Protocol):
     def flat(self) -> Data:
         """Return the same data with every sample as one vector."""
 
+    def parts(self, count: int, *, by: Literal["class", "chance"], seed: int) -> Sequence[Data]:
+        """Return the same data with disjoint parts of the training samples."""
+
 
 class Task(Protocol):
     """Give a pruner what it may see: calibration batches, the loss, and a way to train."""
@@ -108,9 +111,22 @@ class Task(Protocol):
         """Return the mean training loss of one batch."""
 
     def train(
-        self, model: nn.Module, *, steps: int, part: int = 0, after_step: Callable[[int], None] | None = None
+        self,
+        model: nn.Module,
+        *,
+        steps: int,
+        part: int = 0,
+        after_step: Callable[[int], None] | None = None,
+        optimizer: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
     ) -> None:
-        """Train in place for `steps` optimizer steps; learning-rate schedule and optimizer start anew."""
+        """Train in place for `steps` optimizer steps; learning-rate schedule and optimizer start anew.
+
+        With `optimizer` the task's own optimizer is replaced by what that makes of (model, optimizer). Methods that
+        do not change the optimizer call without it, so a task whose training takes none serves them all the same.
+        """
+
+    def parts(self, count: int, *, by: Literal["class", "chance"], seed: int) -> Sequence[Task]:
+        """Return tasks on disjoint parts of the training data: whole classes, or samples by chance."""
 
 
 @runtime_checkable

@@ -73,10 +73,9 @@ class CheckResult:
     def reading(self) -> Reading:
         """Return the numbers as a reader expects them: a bound on a value in the value's own sign."""
         if self.check.control is None and self.check.better == "lower":
-            seeds = tuple(-value for value in self.differences.values())
-            return Reading(
-                -self.mean, -self.high, -self.low, f"at most {-self.check.margin:g}", -self.check.margin, seeds
-            )
+            mean, low, high, bound = (0.0 - value for value in (self.mean, self.high, self.low, self.check.margin))
+            seeds = tuple(0.0 - value for value in self.differences.values())
+            return Reading(mean, low, high, f"at most {bound:g}", bound, seeds)
         seeds = tuple(self.differences.values())
         return Reading(self.mean, self.low, self.high, f"at least {self.check.margin:g}", self.check.margin, seeds)
 

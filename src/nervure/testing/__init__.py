@@ -15,6 +15,7 @@ from typing import Any
 from nervure.testing.toy import ToyTask, toy_task
 
 _CONTRACTS = (
+    "ChannelPrunerContract",
     "ContinualLearnerContract",
     "DiagnosticContract",
     "InitialiserContract",

@@ -11,7 +11,7 @@ from nervure.spec import PROTOCOLS
 from nervure.testing import table
 
 # Protocols whose contracts run on the whole zoo; the others bring their own problems, or a few small models.
-WHOLE_MODEL = ("pruner", "initialiser", "kernel", "continual-learner", "training-rule")
+WHOLE_MODEL = ("pruner", "channel-pruner", "initialiser", "kernel", "continual-learner", "training-rule")
 SOURCE, TARGET = Path("tests/contracts/expected.toml"), Path("docs/support-matrix.md")
 
 

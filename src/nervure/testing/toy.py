@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nervure import data
 from nervure.core import forward, rng
 from nervure.learn import Loop
 
@@ -35,14 +36,30 @@ class ToyTask:
         return self.loss_function(forward.call(model, batch[0]), batch[1])
 
     def train(
-        self, model: nn.Module, *, steps: int, part: int = 0, after_step: Callable[[int], None] | None = None
+        self,
+        model: nn.Module,
+        *,
+        steps: int,
+        part: int = 0,
+        after_step: Callable[[int], None] | None = None,
+        optimizer: Callable[[nn.Module, torch.optim.Optimizer], torch.optim.Optimizer] | None = None,
     ) -> None:
         """Train in place by Adam at 0.01."""
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr=0.01)
+        made: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=0.01)
+        if optimizer is not None:
+            made = optimizer(model, made)
         hook = type("Hook", (), {"after_step": staticmethod(after_step)})() if after_step else object()
-        data = (self.inputs, self.targets)
-        Loop(model, optimizer, data, loss=self.loss_function, batch_size=8, hooks=[hook], seed=part).run(steps)
+        samples = (self.inputs, self.targets)
+        Loop(model, made, samples, loss=self.loss_function, batch_size=8, hooks=[hook], seed=part).run(steps)
+
+    def parts(self, count: int, *, by: Literal["class", "chance"], seed: int) -> list[ToyTask]:
+        """Return tasks on disjoint parts of the data; targets that are no class numbers are cut by chance."""
+        y = self.targets if self.targets.ndim == 1 else torch.arange(len(self.targets))
+        return [
+            ToyTask(forward.take(self.inputs, place), self.targets[place], loss=self.loss_function)
+            for place in data.parts(y, count, by=by, seed=seed)
+        ]
 
 
 def _cross_entropy(output: Any, targets: Tensor) -> Tensor:

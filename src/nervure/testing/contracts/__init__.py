@@ -1,6 +1,7 @@
 """Contracts: classes of named checks. A plugin subclasses one, says how its method is made, and runs pytest."""
 
 from nervure.testing.contracts.base import Contract, ZooContract
+from nervure.testing.contracts.channels import ChannelPrunerContract
 from nervure.testing.contracts.search import SearcherContract
 from nervure.testing.contracts.training import (
     ContinualLearnerContract,
@@ -18,6 +19,7 @@ from nervure.testing.contracts.whole_model import (
 
 CONTRACTS: dict[str, type[Contract]] = {
     "pruner": PrunerContract,
+    "channel-pruner": ChannelPrunerContract,
     "initialiser": InitialiserContract,
     "optimizer": OptimizerContract,
     "loss": LossContract,
@@ -31,6 +33,7 @@ CONTRACTS: dict[str, type[Contract]] = {
 
 __all__ = [
     "CONTRACTS",
+    "ChannelPrunerContract",
     "ContinualLearnerContract",
     "Contract",
     "DiagnosticContract",
