@@ -189,3 +189,24 @@ def test_until_decided_asks_for_more():
     assert verdict(claim(), good(), until_decided=True).outcome is Outcome.INCONCLUSIVE
     more = [record(seed, ours=0.9 + seed / 1000, plain=0.8) for seed in range(6)]
     assert verdict(claim(), more, until_decided=True).outcome is Outcome.HOLDS
+
+
+@pytest.mark.parametrize("rule", ["interval", "every-seed"])
+def test_an_arm_equal_to_its_control_in_every_seed_does_not_beat_it(rule):
+    alike = [record(seed, ours=0.8 + seed / 100, plain=0.8 + seed / 100) for seed in range(5)]
+    beats = Check(name="beats", method="ours", control="plain", metric="accuracy", rule=rule)
+    result = verdict(claim(beats), alike)
+    assert result.outcome is Outcome.INCONCLUSIVE
+    assert "equals 'plain' in every seed" in result.checks[0].reason
+    not_worse = Check(name="not worse", method="ours", control="plain", metric="accuracy", margin=-0.01, rule=rule)
+    assert verdict(claim(not_worse), alike).outcome is Outcome.HOLDS
+    exact = Check.at_most("exact", method="gap", metric="accuracy", bound=0.0, rule=rule)
+    assert verdict(claim(exact), [record(seed, gap=0.0) for seed in range(5)]).outcome is Outcome.HOLDS
+
+
+def test_a_sabotage_equal_to_the_control_guards_the_claim():
+    beats = Check(name="beats", method="ours", control="plain", metric="accuracy")
+    records = [record(seed, ours=0.9 + seed / 100, plain=0.8, broken=0.8) for seed in range(5)]
+    result = verdict(claim(beats, sabotage=GUARD), records)
+    assert (result.outcome, result.sabotage["broken"]) == (Outcome.HOLDS, Outcome.INCONCLUSIVE)
+    assert result.notes == ()

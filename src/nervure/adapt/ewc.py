@@ -246,8 +246,7 @@ class EWC:
     def state_dict(self) -> dict[str, Any]:
         """Return the springs and the number of tasks, as tensors and plain numbers.
 
-        Saved beside the model's and the optimizer's state it continues training bit for bit in another process, under
-        an `EWC` with the same arguments.
+        Saved beside the model's and the optimizer's state it continues training bit for bit in another process.
 
         Returns:
             ``tasks``, ``constant``, and ``stiffness`` and ``anchor`` by parameter name; the tensors are copies.

@@ -6,9 +6,11 @@ __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
         "Comparison": "nervure.app.comparisons",
+        "Pruning": "nervure.app.pruning",
         "Ran": "nervure.app.claims",
         "compare_prune": "nervure.app.comparisons",
         "export": "nervure.app.exports",
+        "prune": "nervure.app.pruning",
         "run": "nervure.app.claims",
     },
 )

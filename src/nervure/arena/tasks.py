@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from nervure import data as data_sets
 from nervure.core import forward, rng
+from nervure.core.distillation import distillation
 from nervure.data import Splits
 from nervure.learn import Loop, cross_entropy
 
@@ -24,10 +27,13 @@ class PruneTask:
         rate: The learning rate at the start of each training; annealed to zero by a cosine.
         seed: Decides the batches.
         tick: Called after every optimizer step.
+        teacher: Class scores of a teacher for every training sample, from which trainings are then distilled; or None.
     """
 
-    def __init__(self, data: Splits, *, rate: float, seed: int, tick: Callable[[], None]) -> None:
-        self.data, self.rate, self.seed, self.tick = data, rate, seed, tick
+    def __init__(
+        self, data: Splits, *, rate: float, seed: int, tick: Callable[[], None], teacher: Tensor | None = None
+    ) -> None:
+        self.data, self.rate, self.seed, self.tick, self.teacher = data, rate, seed, tick, teacher
 
     def batches(self, count: int) -> Sequence[Any]:
         """Return `count` calibration batches of 256 samples, the same ones at every call."""
@@ -56,10 +62,16 @@ class PruneTask:
         made: torch.optim.Optimizer = torch.optim.Adam(parameters, lr=self.rate)
         if optimizer is not None:
             made = optimizer(model, made)
+        teacher, labels = self.teacher, self.data.train_y
+
+        def distilled(outputs: Any, places: Tensor) -> Tensor:
+            return distillation(forward.logits(outputs), teacher[places], labels[places])  # type: ignore[index]
+
         loop = Loop(
             model,
             made,
-            (self.data.train_x, self.data.train_y),
+            (self.data.train_x, labels if teacher is None else torch.arange(len(labels))),
+            loss=None if teacher is None else distilled,
             batch_size=BATCH,
             schedule=CosineAnnealingLR(made, steps),
             hooks=[_Step(self.tick, after_step)],
@@ -69,8 +81,12 @@ class PruneTask:
 
     def parts(self, count: int, *, by: Literal["class", "chance"], seed: int) -> list[PruneTask]:
         """Return tasks on disjoint parts of the training data."""
-        shares = self.data.parts(count, by=by, seed=seed)
-        return [PruneTask(share, rate=self.rate, seed=self.seed, tick=self.tick) for share in shares]
+        tasks = []
+        for place in data_sets.parts(self.data.train_y, count, by=by, seed=seed):
+            part = replace(self.data, train_x=self.data.train_x[place], train_y=self.data.train_y[place])
+            teacher = None if self.teacher is None else self.teacher[place]
+            tasks.append(PruneTask(part, rate=self.rate, seed=self.seed, tick=self.tick, teacher=teacher))
+        return tasks
 
 
 class _Step:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from nervure._kit import seconds_text
+from nervure.cli.display import number, progress
 
 if TYPE_CHECKING:
     from nervure.app.claims import Ran
     from nervure.app.comparisons import Comparison
-    from nervure.run import Event
 
 Flag = Annotated[bool, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]
@@ -28,53 +24,8 @@ Unit = Literal["density", "macs", "params", "bytes"]
 Shares = Annotated[list[float] | None, Parameter(name=["--share", "--density"])]
 
 
-@contextlib.contextmanager
-def _progress(title: str, *, silent: bool) -> Iterator[Callable[[Event], None]]:
-    """Show a bar with the time left on a terminal, or a line now and then where there is none.
-
-    Yields:
-        What to call with every event.
-    """
-    console = Console(stderr=True)
-    if silent:
-        yield lambda event: None
-        return
-    if not console.is_terminal:
-        yield _Lines(title)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(title, total=1.0, left="starting")
-
-        def show(event: Event) -> None:
-            left = f"{seconds_text(event.seconds_left)} left" if event.seconds_left is not None else "starting"
-            bar.update(task, completed=event.share, left=f"{event.share:.0%}  {left}  {event.text[:40]}")
-            if event.record is not None and event.record.error:
-                bar.console.print(f"seed {event.record.job.seed}: {event.record.error.splitlines()[0]}")
-
-        yield show
-
-
-class _Lines:
-    """Print a line at every tenth of the way."""
-
-    def __init__(self, title: str) -> None:
-        self.title, self.printed = title, -1
-
-    def __call__(self, event: Event) -> None:
-        tenth = int(event.share * 10)
-        if tenth > self.printed:
-            self.printed = tenth
-            left = f", {seconds_text(event.seconds_left)} left" if event.seconds_left is not None else ""
-            print(f"{self.title}: {event.share:.0%} done{left}", file=sys.stderr, flush=True)
-
-
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _number(value: float) -> str:
-    return f"{value:.4g}" if math.isfinite(value) else "n/a"
 
 
 def run(
@@ -109,7 +60,7 @@ def run(
     """
     from nervure import app
 
-    with _progress(claim, silent=as_json) as on_event:
+    with progress(claim, silent=as_json) as on_event:
         ran = app.run(
             claim,
             seeds=seeds,
@@ -139,17 +90,15 @@ def _print_verdict(ran: Ran) -> None:
     checks = Table("check", "outcome", "mean", "95% interval", "asked", "seeds")
     for result in verdict.checks:
         reading = result.reading
-        span = f"{_number(reading.low)} to {_number(reading.high)}"
-        checks.add_row(
-            result.check.name, str(result.outcome), _number(reading.mean), span, reading.asked, str(result.n)
-        )
+        span = f"{number(reading.low)} to {number(reading.high)}"
+        checks.add_row(result.check.name, str(result.outcome), number(reading.mean), span, reading.asked, str(result.n))
     console.print(checks)
     metrics = list(dict.fromkeys(result.check.metric for result in verdict.checks))
     arms = Table("arm", "metric", "mean", "95% interval", "seeds")
     for row in arm_rows(ran.records):
         if row.metric in metrics:
-            span = f"{_number(row.low)} to {_number(row.high)}" if row.n > 1 else ""
-            arms.add_row(row.arm, row.metric, _number(row.mean), span, str(row.n))
+            span = f"{number(row.low)} to {number(row.high)}" if row.n > 1 else ""
+            arms.add_row(row.arm, row.metric, number(row.mean), span, str(row.n))
     console.print(arms)
     for arm, outcome in verdict.sabotage.items():
         console.print(f"sabotage {arm!r} in the method's place: {outcome}", markup=False, highlight=False)
@@ -194,7 +143,7 @@ def compare_prune(
     """
     from nervure import app
 
-    with _progress("compare prune", silent=as_json) as on_event:
+    with progress("compare prune", silent=as_json) as on_event:
         found = app.compare_prune(
             model=model,
             data=data,
@@ -223,7 +172,7 @@ def _print_tables(found: Comparison) -> None:
         for row in table.rows:
             _, low, high = table.spread.get(row.arm, (0.0, math.nan, math.nan))
             better = "" if row.arm == found.baseline else str(row.outcome)
-            shown.add_row(str(row.rank), row.arm, _number(row.mean), f"{_number(low)} to {_number(high)}", better)
+            shown.add_row(str(row.rank), row.arm, number(row.mean), f"{number(low)} to {number(high)}", better)
         console.print(f"\n[bold]{table.unit} {table.share:.3g}[/]")
         console.print(shown)
         for arm, problem in table.problems.items():

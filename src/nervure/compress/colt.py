@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from nervure._kit import BadBudget, NoEffect, Unsupported, UsageError
-from nervure.compress.recipe import ClaimTask, Pruned, Recipe, restore, snapshot
+from nervure.compress.claim_task import ClaimTask
+from nervure.compress.recipe import Pruned, Recipe, restore, snapshot
 from nervure.core import allocate, masks, modules, rng, scores
 from nervure.spec import Budget, Card, Check, Ctx, Task, claim
 

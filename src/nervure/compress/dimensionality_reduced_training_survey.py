@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from nervure._kit import BadBudget, Unsupported
-from nervure.compress.recipe import ClaimTask, Pruned, Recipe, chance, magnitude, sensitivity
+from nervure.compress.claim_task import ClaimTask
+from nervure.compress.recipe import Pruned, Recipe, chance, magnitude, sensitivity
 from nervure.core import rng
 from nervure.spec import Budget, Card, Check, Ctx, Task, claim
 

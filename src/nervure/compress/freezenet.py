@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from nervure.compress.recipe import ClaimTask, Pruned, Recipe, sensitivity
+from nervure.compress.claim_task import ClaimTask
+from nervure.compress.recipe import Pruned, Recipe, sensitivity
 from nervure.core import masks, modules, seeded
 from nervure.core.cost import bytes_on_disk
 from nervure.spec import Budget, Card, Check, Ctx, Data, Task, claim

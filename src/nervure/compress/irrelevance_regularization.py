@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nervure._kit import UsageError
-from nervure.compress.recipe import ClaimTask, Pruned, Recipe
+from nervure.compress.claim_task import ClaimTask
+from nervure.compress.recipe import Pruned, Recipe
 from nervure.core import allocate, masks, modules, scores
 from nervure.spec import Budget, Card, Check, Ctx, Task, claim
 

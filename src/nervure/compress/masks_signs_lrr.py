@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from nervure.compress.recipe import ClaimTask, Pruned, Recipe, restore, snapshot
+from nervure.compress.claim_task import ClaimTask
+from nervure.compress.recipe import Pruned, Recipe, restore, snapshot
 from nervure.core import allocate, masks, modules
 from nervure.spec import Budget, Card, Check, Ctx, Task, claim
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from nervure._kit import Diverged, NoEffect
-from nervure.compress.recipe import ClaimTask, Pruned, Recipe, sensitivity
+from nervure.compress.claim_task import ClaimTask
+from nervure.compress.recipe import Pruned, Recipe, sensitivity
 from nervure.core import allocate, masks, modules, residual, rng, scores
 from nervure.spec import Budget, Card, Check, Ctx, Data, Task, claim
 

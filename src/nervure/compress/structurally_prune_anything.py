@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from nervure._kit import UsageError
 from nervure.compress import structured
-from nervure.compress.recipe import ClaimTask
+from nervure.compress.claim_task import ClaimTask
 from nervure.compress.structured import ChannelRecipe, Keep, Slim, group_scores, kept_indices, relative
 from nervure.core import forward
 from nervure.core.channels import ChannelGraph

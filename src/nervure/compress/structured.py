@@ -235,12 +235,13 @@ class Slim:
         """Recount what is left, from the network itself.
 
         Args:
-            inputs: One sample; the one the graph was traced with by default.
+            inputs: One sample; the first of those the graph was traced with by default.
 
         Returns:
             parameters, nonzeros, macs, nonzero_macs, bytes, channels, steps.
         """
-        found: dict[str, float] = {**cost(self.model, self.graph.inputs if inputs is None else inputs).to_json()}
+        sample = forward.take(self.graph.inputs, slice(0, 1)) if inputs is None else inputs
+        found: dict[str, float] = {**cost(self.model, sample).to_json()}
         found["channels"] = sum(int(flags.sum()) for flags in self.keep.values())
         found["steps"] = self.steps
         return found

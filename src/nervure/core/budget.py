@@ -18,9 +18,9 @@ from nervure.core import forward
 class Meter:
     """Count what a stretch of work spends.
 
-    Optimizer steps are counted for every optimizer that steps meanwhile, one that steps inside the step of another not
-    again; forwards and backwards for the watched
-    models; saved bytes for every tensor that autograd keeps, parameters left out.
+    Optimizer steps are counted for every optimizer that steps meanwhile, but not again for one that steps inside
+    another's step; forwards and backwards for the watched models; saved bytes for every tensor that autograd keeps,
+    parameters left out.
 
     Args:
         *models: Models whose passes are counted.

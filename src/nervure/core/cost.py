@@ -157,6 +157,17 @@ def _uses(module: nn.Module, args: Any, output: Any) -> list[tuple[Tensor, int]]
     return []
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute with one thread, on which times of small operations can be compared, and give the setting back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def milliseconds(
     run: Callable[[], Any], *, warm_up: int = 3, repeats: int = 10, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float]:

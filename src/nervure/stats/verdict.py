@@ -77,7 +77,7 @@ def verdict(claim: Claimed, records: Sequence[Record], *, quick: bool = False, u
         swapped = _swap(claim.checks, arm, stands_for)
         attempt = [_result(check, table, seeds, until_decided=until_decided) for check in swapped]
         sabotage[arm] = joint([result.outcome for result in attempt])
-        gaps = [result.reason for result in attempt if result.check.method == arm and result.reason]
+        gaps = [result.reason for result in attempt if result.check.method == arm and _no_comparison(result)]
         if outcome is Outcome.HOLDS and gaps:
             outcome = Outcome.INCONCLUSIVE
             notes.append(f"The sabotaged arm {arm!r} gives no comparison, so the claim is not guarded: {gaps[0]}")
@@ -139,6 +139,10 @@ def _result(check: Check, table: Values, seeds: Sequence[int], *, until_decided:
     elif missing:
         outcome = Outcome.INCONCLUSIVE
         reason = f"{check.name}: {'; '.join(missing)}."
+    elif _alike(check, differences):
+        # An arm that equals its control in every seed was not shown to beat it.
+        outcome = Outcome.INCONCLUSIVE
+        reason = f"{check.name}: {check.method!r} equals {check.control!r} in every seed."
     elif outcome is Outcome.INCONCLUSIVE and check.rule == "every-seed":
         reason = f"{check.name}: every seed so far, but {n} of the {FEWEST_FOR_EVERY_SEED} that are needed."
     elif n == 1 and outcome is Outcome.INCONCLUSIVE:
@@ -146,6 +150,16 @@ def _result(check: Check, table: Values, seeds: Sequence[int], *, until_decided:
     return CheckResult(
         check=check, outcome=outcome, n=n, mean=mean, low=low, high=high, differences=differences, reason=reason
     )
+
+
+def _alike(check: Check, differences: Mapping[int, float]) -> bool:
+    """Return whether a method that is to beat its control equals it in every seed."""
+    return check.control is not None and check.margin == 0 and not any(differences.values())
+
+
+def _no_comparison(result: CheckResult) -> bool:
+    """Return whether a check could not be made; arms that are alike were compared."""
+    return bool(result.reason) and not (result.n and _alike(result.check, result.differences))
 
 
 def _differences(check: Check, table: Values, seeds: Sequence[int]) -> tuple[dict[int, float], list[str]]:
