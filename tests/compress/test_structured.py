@@ -69,6 +69,20 @@ def test_ranked_is_the_largest_choice_of_lowest_scores_that_fits():
     assert all(torch.equal(chosen[g], keep[g]) for g in keep)
 
 
+def test_large_groups_keep_a_multiple_and_small_ones_do_not_care():
+    found = [torch.rand(67), torch.rand(13), torch.rand(64)]
+    for limit in (40, 70, 100, 130):
+        chosen = structured.ranked(
+            found, lambda keep, n=limit: sum(int(k.sum()) for k in keep.values()) <= n, multiple=8
+        )
+        kept = [int(flags.sum()) for flags in chosen.values()]
+        assert kept[0] in (67, *range(8, 65, 8))
+        assert kept[2] % 8 == 0
+        assert sum(kept) <= limit
+        for one, flags in zip(found, chosen.values(), strict=True):
+            assert flags.all() or float(one[flags].min()) >= float(one[~flags].max())
+
+
 def test_uniform_drops_the_same_share_everywhere():
     found = [torch.rand(20), torch.rand(10)]
     chosen = structured.uniform(found, lambda keep: sum(int(one.sum()) for one in keep.values()) <= 15)

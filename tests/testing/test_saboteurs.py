@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from nervure._kit import BadData
 from nervure.compress.robust_prune_init import Snip
+from nervure.compress.structurally_prune_anything import Spa
 from nervure.learn.mono_forward import MonoForward
 from nervure.search.pbt import PBT
 from nervure.search.space import Range
 from nervure.testing import (
+    ChannelPrunerContract,
     ContinualLearnerContract,
     DiagnosticContract,
     InitialiserContract,
@@ -62,8 +64,35 @@ class HonestPruner(PrunerContract):
         return Snip()
 
 
+class HonestChannelPruner(ChannelPrunerContract):
+    cases = ("mlp", "residual-conv")
+
+    def method(self):
+        return Spa()
+
+
 def broken(contract) -> set[str]:
     return {name.partition("[")[0] for name in contract.failures()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "check"),
+    [
+        (saboteurs.MaskedChannels, "test_budget_is_met"),
+        (saboteurs.HookedResult, "test_result_is_a_plain_smaller_network"),
+        (saboteurs.FrozenResult, "test_result_is_a_plain_smaller_network"),
+        (saboteurs.GlobalSeed, "test_what_is_the_users_is_untouched"),
+        (saboteurs.StateLeaker, "test_same_seed_same_result"),
+    ],
+)
+def test_channel_pruner_saboteurs_are_caught(kind, check, monkeypatch):
+    monkeypatch.setattr(HonestChannelPruner, "test_new_process_same_results", lambda self: None)
+    contract = type("Sabotaged", (HonestChannelPruner,), {"method": lambda self: kind(Spa())})()
+    assert check in broken(contract)
+
+
+def test_the_honest_channel_pruner_passes():
+    assert HonestChannelPruner().failures() == {}
 
 
 def test_the_honest_pruner_passes():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,7 @@ CARD = Card(
     claims=("exact_groups", "no_fine_tuning"),
     needs=("data", "grad"),
     deviations=(
+        "Groups of 32 channels or more keep a multiple of 8, which dense kernels compute faster.",
         "The graph is found by watching one forward pass in torch, not from an ONNX file.",
         "A group's score is the mean over all entries of its slices, divided by the mean over the group's channels.",
         "OBSPA's error of a channel is summed over the linear and convolution layers that read it; what recurrent and "
@@ -63,6 +65,7 @@ class Spa:
         when: ``"init"`` cuts before training, ``"train"`` between two trainings, ``"post"`` a trained network, which
             is then fine-tuned.
         rounds: Number of rounds in which the target is reached.
+        multiple: Large groups keep a multiple of this many channels; see `nervure.compress.structured.ranked`.
 
     Examples:
         >>> from nervure.testing import toy_task
@@ -82,13 +85,15 @@ class Spa:
         score: Literal["magnitude", "sensitivity", "chance"] = "magnitude",
         when: Literal["init", "train", "post"] = "train",
         rounds: int = 1,
+        multiple: int = 8,
     ) -> None:
         known = {"magnitude": structured.magnitude, "sensitivity": structured.sensitivity, "chance": structured.chance}
         if score not in known or rounds < 1:
             raise UsageError(
                 "Spa has no such score or rounds", expected=f"{', '.join(known)}; rounds >= 1", found=score
             )
-        self.recipe = ChannelRecipe(name="Spa", score=known[score], when=when, rounds=rounds)
+        allocator = partial(structured.ranked, multiple=multiple)
+        self.recipe = ChannelRecipe(name="Spa", score=known[score], allocator=allocator, when=when, rounds=rounds)
 
     def fit(self, model: nn.Module, task: Task, budget: Budget, *, seed: int) -> Slim:
         """Return a smaller network; see `nervure.compress.structured.ChannelRecipe.fit`."""
@@ -114,6 +119,7 @@ class Obspa:
     Args:
         damping: What is added to H's diagonal, relative to its mean, above 0.
         update: Whether the weights that stay are updated.
+        multiple: As in `Spa`.
 
     Examples:
         >>> from nervure.testing import toy_task
@@ -123,11 +129,14 @@ class Obspa:
         8
     """
 
-    def __init__(self, *, damping: float = 1e-3, update: bool = True) -> None:
+    def __init__(self, *, damping: float = 1e-3, update: bool = True, multiple: int = 8) -> None:
         if damping <= 0:
             raise UsageError("the damping is not positive", expected="damping > 0", found=damping)
         self.damping = damping
-        self.recipe = ChannelRecipe(name="Obspa", score=self._score, when="post", repair=self._repair)
+        allocator = partial(structured.ranked, multiple=multiple)
+        self.recipe = ChannelRecipe(
+            name="Obspa", score=self._score, allocator=allocator, when="post", repair=self._repair
+        )
         if not update:
             self.recipe = replace(self.recipe, repair=_renorm)
 

@@ -238,6 +238,36 @@ PRUNERS: tuple[type[Saboteur], ...] = (
 )  # fmt: skip
 
 
+class MaskedChannels(Saboteur):
+    """Zero channels and sell the network as a smaller one."""
+
+    def fit(self, model: nn.Module, task: Task, budget: Budget, *, seed: int) -> Any:
+        """Return the result with a masked network in it."""
+        found = super().fit(model, task, budget, seed=seed)
+        found.model = found.graph.mask(model, found.keep)
+        return found
+
+
+class HookedResult(Saboteur):
+    """Leave a hook on the result."""
+
+    def fit(self, model: nn.Module, task: Task, budget: Budget, *, seed: int) -> Any:
+        """Return the result with a hook that does nothing."""
+        found = super().fit(model, task, budget, seed=seed)
+        found.model.register_forward_hook(lambda module, args, output: None)
+        return found
+
+
+class FrozenResult(Saboteur):
+    """Return a network that cannot be trained on."""
+
+    def fit(self, model: nn.Module, task: Task, budget: Budget, *, seed: int) -> Any:
+        """Return the result with frozen parameters."""
+        found = super().fit(model, task, budget, seed=seed)
+        found.model.requires_grad_(False)
+        return found
+
+
 class StillOptimizer(torch.optim.SGD):
     """Change nothing."""
 
