@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+UNMEASURED = RESULTS / "unmeasured.json"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -42,6 +43,14 @@ def measure(claim_id: str) -> None:
     print(f"{claim_id}: {data['verdict']['outcome']}", flush=True)
 
 
+def unmeasured() -> list[str]:
+    """Return the claims that stand in ``results/unmeasured.json``, without those that now have a result."""
+    listed = json.loads(UNMEASURED.read_text(encoding="utf-8"))
+    left = [claim_id for claim_id in listed if not (RESULTS / f"{claim_id.replace('/', '.')}.json").exists()]
+    UNMEASURED.write_text(json.dumps(sorted(left), indent=1) + "\n", encoding="utf-8")
+    return sorted(left)
+
+
 def figures(verdict: dict) -> str:
     """Return each check's interval in one line, bounds on a value in the value's own sign."""
     parts = []
@@ -65,6 +74,7 @@ def table() -> str:
         void = "".join(f" (sabotage {arm!r} passes)" for arm, out in verdict["sabotage"].items() if out == "holds")
         line = f"| `{verdict['claim']}` | **{verdict['outcome']}**{void} | {figures(verdict)} "
         lines.append(line + f"| {len(verdict['seeds'])} | {spent:.1f} |")
+    lines += [f"| `{claim_id}` | not measured in full yet | | | |" for claim_id in unmeasured()]
     return "\n".join(lines)
 
 

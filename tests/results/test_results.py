@@ -14,7 +14,10 @@ from nervure.spec import Record
 from nervure.stats import verdict
 
 FOLDER = Path(__file__).parent.parent.parent / "results"
-CLAIMS = [f"{entry.id}/{claim['name']}" for entry in entries().values() for claim in entry.claims]
+EVERY = [f"{entry.id}/{claim['name']}" for entry in entries().values() for claim in entry.claims]
+# Claims that nobody has measured in full yet; the tables say so. Strict: a line goes when its result comes.
+UNMEASURED = json.loads((FOLDER / "unmeasured.json").read_text(encoding="utf-8"))
+CLAIMS = [claim for claim in EVERY if claim not in UNMEASURED]
 # A few seconds each and free of clocks: one of them is measured again on every day's run, in turn.
 CHEAP = ("masks-signs-lrr/single-neuron", "robust-prune-init/layer-scores", "robust-prune-init/forward-variance")
 
@@ -40,6 +43,11 @@ def test_thresholds_seeds_and_verdict_are_those_of_the_code(claim_id):
 
 def test_no_result_is_left_of_a_claim_that_is_gone():
     assert {path.stem for path in FOLDER.glob("*.*.json")} == {claim.replace("/", ".") for claim in CLAIMS}
+
+
+def test_the_list_of_what_is_not_measured_is_true():
+    assert set(UNMEASURED) <= set(EVERY)
+    assert not [claim for claim in UNMEASURED if (FOLDER / f"{claim.replace('/', '.')}.json").exists()]
 
 
 def test_a_rerun_gives_the_committed_numbers():
