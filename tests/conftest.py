@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# How long drawing an example takes says more about the machine's load than about the test.
+settings.register_profile("nervure", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("nervure")
 
 
 @pytest.fixture(autouse=True, scope="session")

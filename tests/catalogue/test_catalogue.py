@@ -136,8 +136,11 @@ def test_listing_loads_no_torch(words):
 
 
 def test_importing_nervure_is_light():
-    out = subprocess.run([sys.executable, "-X", "importtime", "-c", "import nervure"], capture_output=True, text=True)
-    loaded = [line.rpartition("|")[2].strip() for line in out.stderr.splitlines()]
-    assert not {"torch", "numpy", "scipy", "sqlalchemy", "matplotlib"}.intersection(loaded)
-    spent = next(line.split("|")[1] for line in out.stderr.splitlines() if line.endswith("| nervure"))
-    assert int(spent) < 50_000
+    spent = []
+    for _ in range(5):  # the least of a few: another process may be at work
+        words = [sys.executable, "-X", "importtime", "-c", "import nervure"]
+        lines = subprocess.run(words, capture_output=True, text=True).stderr.splitlines()
+        loaded = [line.rpartition("|")[2].strip() for line in lines]
+        assert not {"torch", "numpy", "scipy", "sqlalchemy", "matplotlib"}.intersection(loaded)
+        spent.append(int(next(line.split("|")[1] for line in lines if line.endswith("| nervure"))))
+    assert min(spent) < 50_000
