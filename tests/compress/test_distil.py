@@ -66,10 +66,9 @@ def test_maps_start_at_least_squares_and_equal_networks_feel_nothing():
     assert all(float(p.grad.abs().max()) < 1e-6 for p in twin.parameters())
 
 
-@pytest.mark.parametrize("name", zoo.names())
+# The one model left out has a single layer for each input, and so no inner features to distil.
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name != "dict-tuple"])
 def test_every_zoo_model_can_be_distilled_into_its_half(name):
-    if name == "dict-tuple":
-        pytest.skip("it has a single layer for each input and no inner features to cut")
     student, teacher, case, batch = pair(name)
     before = [p.detach().clone() for p in teacher.parameters()]
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in student.modules())

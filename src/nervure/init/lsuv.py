@@ -39,6 +39,7 @@ CARD = Card(
         "One forward pass: a layer's output is corrected before it flows on, where the paper runs one pass a try.",
         "Biases start at zero, so one division reaches unit variance exactly.",
         "Recurrent layers and attention scale each gate's and each projection's input part.",
+        "The check of unit variance was added after a first run, in which the sabotaged tanh network trained as well.",
     ),
     verified=(
         "The layer-by-layer algorithm written out: the same weights to 1e-4 on a sequential network.",

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nervure._kit import UsageError
+from nervure.core import rng
+from nervure.core.cost import one_thread
 from nervure.losses.spherical import Sloped, SphericalLinear
 from nervure.spec import Card, Check, Ctx, claim
 
@@ -279,15 +281,9 @@ def time_without_classes(ctx: Ctx) -> None:
     Output layer only, 128 inputs, batches of 64, one thread, least CPU time of many; growth is the time at 200,000
     classes over that at 10,000.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng():
-            torch.manual_seed(ctx.seed_for("data"))
-            few, many, most = (_factored_seconds(D, ctx.scaled(100, 20)) for D in (10_000, 100_000, 200_000))
-            dense = _dense_seconds(100_000, ctx.scaled(6, 2))
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), rng.scope(ctx.seed_for("data")):
+        few, many, most = (_factored_seconds(D, ctx.scaled(100, 20)) for D in (10_000, 100_000, 200_000))
+        dense = _dense_seconds(100_000, ctx.scaled(6, 2))
     ctx.measure("factored", speed_up=dense / many, growth=most / few, milliseconds=many * 1e3)
     ctx.measure("log-softmax", milliseconds=dense * 1e3)
 

@@ -37,6 +37,7 @@ CARD = Card(
     deviations=(
         "Biases are drawn within the bounds of the weights; torch's own bias times omega would add a variance of 1.2.",
         "Modulation of a network by a hypernetwork is left to the user: Siren is an ordinary module.",
+        "In a first run of the image claim torch's initialisation was the sabotage, and passed; it is a check now.",
     ),
     verified=(
         "Weights times arcsine inputs are standard normal and the sine of a uniform phase follows the arcsine law "
