@@ -13,7 +13,7 @@ from nervure.testing import DiagnosticContract, table
 
 TABLE = table.read(Path(__file__).with_name("expected.toml"))
 # Diagnostics that ask for eval mode, because in train mode batch normalisation mixes the samples.
-EVAL = {"hessian-spectrum"}
+EVAL = {"hessian-spectrum", "gradient-coherence"}
 
 
 def _few(model, most=60):

@@ -193,6 +193,11 @@ def test_every_form_equals_autograd_sample_by_sample(name):
         torch.testing.assert_close(value, truth[key].square().sum(0), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(engine.squared_norms(batch), flat.square().sum(1), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(engine.inner_products(batch), flat @ flat.T, rtol=1e-10, atol=1e-12)
+    direction = {key: torch.randn_like(value[0]) for key, value in truth.items()}
+    for key, (norms, along) in engine.against(batch, direction).items():
+        rows = truth[key].flatten(1)
+        torch.testing.assert_close(norms, rows.square().sum(1), rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(along, rows @ direction[key].flatten(), rtol=1e-10, atol=1e-12)
     if name in FALLS_BACK:
         assert engine.engine.mapped
     if name in {"recurrent", "branching"}:

@@ -6,7 +6,7 @@ of their factors is enough: sum_n (g_n a_n')^2 = (g^2)'(a^2), |g a'|^2 = |g|^2 |
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -101,7 +101,26 @@ class PerSample:
         Returns:
             Shape (N,).
         """
-        return torch.cat([_squared_norms(rows) for rows in self._chunks(batch)])
+        return torch.cat([torch.stack(list(_squared_norms(rows).values())).sum(0) for rows in self._chunks(batch)])
+
+    def against(self, batch: Batch, direction: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return how long each sample's gradient is and how far it goes along a direction, parameter by parameter.
+
+        Args:
+            batch: (inputs, targets), N samples.
+            direction: Name -> a tensor of the parameter's shape.
+
+        Returns:
+            Name -> squared norms |g_n|^2 and inner products <g_n, direction>, each of shape (N,).
+        """
+        parts = []
+        for rows in self._chunks(batch):
+            norms, along = _squared_norms(rows), _products(rows, direction)
+            parts.append({name: (norms[name], along[name]) for name in norms})
+        return {
+            name: (torch.cat([part[name][0] for part in parts]), torch.cat([part[name][1] for part in parts]))
+            for name in self.engine.chosen
+        }
 
     def inner_products(self, batch: Batch) -> Tensor:
         """Return the inner products of the gradients of all pairs of samples.
@@ -153,12 +172,26 @@ def squared_sums(rows: Rows) -> dict[str, Tensor]:
     return total
 
 
-def _squared_norms(rows: Rows) -> Tensor:
-    parts = [value[0].flatten(1).square().sum(1) for value in rows.explicit.values()]
+def _squared_norms(rows: Rows) -> dict[str, Tensor]:
+    found = {name: value[0].flatten(1).square().sum(1) for name, value in rows.explicit.items()}
     for outer in rows.outers:
-        inside = outer.a.square().sum(1) * float(outer.weight is not None) + float(outer.bias is not None)
-        parts.append(inside * outer.g[0].square().sum(1))
-    return torch.stack(parts).sum(0)
+        size = outer.g[0].square().sum(1)
+        if outer.weight:
+            found[outer.weight] = size * outer.a.square().sum(1)
+        if outer.bias:
+            found[outer.bias] = size
+    return found
+
+
+def _products(rows: Rows, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    found = {name: value[0].flatten(1) @ direction[name].flatten() for name, value in rows.explicit.items()}
+    for outer in rows.outers:
+        g = outer.g[0]
+        if outer.weight:
+            found[outer.weight] = ((g @ direction[outer.weight]) * outer.a).sum(1)
+        if outer.bias:
+            found[outer.bias] = g @ direction[outer.bias]
+    return found
 
 
 def sample_losses(loss: Loss, output: Tensor, targets: Any) -> Tensor:
