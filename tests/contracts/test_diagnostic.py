@@ -13,7 +13,7 @@ from nervure.testing import DiagnosticContract, table
 
 TABLE = table.read(Path(__file__).with_name("expected.toml"))
 # Diagnostics that ask for eval mode, because in train mode batch normalisation mixes the samples.
-EVAL = {"hessian-spectrum", "gradient-coherence"}
+EVAL = {"hessian-spectrum", "gradient-coherence", "functional-dimension"}
 
 
 def _few(model, most=60):
@@ -35,8 +35,15 @@ def _iterative(model):
     return {"k": 1, "dense_below": 0}
 
 
+def _some(model):
+    return {"parameters": _few(model, most=150)}
+
+
 # Method -> name of a variant -> its zoo models (None: all) and its options.
-VARIANTS = {"hessian-spectrum": {"": (None, _dense), "Iterative": (("twice-used",), _iterative)}}
+VARIANTS = {
+    "hessian-spectrum": {"": (None, _dense), "Iterative": (("twice-used",), _iterative)},
+    "functional-dimension": {"": (None, _some)},
+}
 
 
 def _run(entry: catalogue.Entry, options):
