@@ -173,9 +173,9 @@ def test_a_report_folder_that_cannot_be_made_is_3_and_loses_nothing(here, capsys
 
 
 def test_names_from_outside_are_escaped_in_the_page(here):
-    from nervure.report.export import _render
+    from nervure.report.export import render
 
-    page = _render(
+    page = render(
         "leaderboard.html",
         {
             "title": "<script>alert(1)</script>",

@@ -1,4 +1,4 @@
-"""Floor 8: run, compare, find and export as functions. The only place that joins runner, store and report."""
+"""Floor 8: run, compare, audit, find and export as functions. The only place that joins runner, store and report."""
 
 from nervure._kit import lazy_attributes
 
@@ -6,8 +6,10 @@ __getattr__, __dir__ = lazy_attributes(
     __name__,
     {
         "Comparison": "nervure.app.comparisons",
+        "Examination": "nervure.app.auditing",
         "Pruning": "nervure.app.pruning",
         "Ran": "nervure.app.claims",
+        "audit": "nervure.app.auditing",
         "compare_prune": "nervure.app.comparisons",
         "export": "nervure.app.exports",
         "prune": "nervure.app.pruning",

@@ -38,7 +38,16 @@ def number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else "n/a" if math.isnan(value) else str(value)
 
 
-def _render(name: str, values: Mapping[str, Any]) -> str:
+def render(name: str, values: Mapping[str, Any]) -> str:
+    """Return a page: the template filled with values, all text escaped.
+
+    Args:
+        name: The template's file.
+        values: What it names.
+
+    Returns:
+        HTML.
+    """
     loader = jinja2.PackageLoader("nervure.report", "templates")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["number"] = number
@@ -66,7 +75,7 @@ def verdict_files(
     curves = list(
         dict.fromkeys(point.metric for record in records for point in record.measurements if point.step is not None)
     )
-    page = _render(
+    page = render(
         "verdict.html",
         {
             "title": f"{values['id']}: {verdict.outcome}",
@@ -84,7 +93,8 @@ def verdict_files(
         },
     )
     data = {"verdict": verdict.to_json(), "card": values, "records": [record.to_json() for record in records]}
-    return _write(folder, verdict.claim_id.replace("/", "."), data, records, page)
+    files = {".json": as_json(data), ".csv": table_csv(records), ".html": page}
+    return write(folder, verdict.claim_id.replace("/", "."), files)
 
 
 def leaderboard_files(
@@ -124,7 +134,7 @@ def leaderboard_files(
         for name, head in (columns or {}).items()
         if any(name in found for table in tables for found in table.means.values())
     }
-    page = _render(
+    page = render(
         "leaderboard.html",
         {
             "title": title,
@@ -148,7 +158,7 @@ def leaderboard_files(
         "tables": [asdict(table) for table in tables],
         "records": [record.to_json() for record in records],
     }
-    return _write(folder, name, data, records, page)
+    return write(folder, name, {".json": as_json(data), ".csv": table_csv(records), ".html": page})
 
 
 def _environment(records: Sequence[Record]) -> dict[str, str]:
@@ -180,9 +190,9 @@ def table_csv(records: Sequence[Record]) -> str:
         head = [job.id, job.target, job.case, job.seed, str(record.status)]
         for point in record.measurements:
             line = [*head, point.arm, point.metric, point.step if point.step is not None else "", point.value]
-            writer.writerow([_plain(cell) for cell in line])
+            writer.writerow([plain(cell) for cell in line])
         if not record.measurements:
-            writer.writerow([_plain(cell) for cell in [*head, job.arm, "", "", ""]])
+            writer.writerow([plain(cell) for cell in [*head, job.arm, "", "", ""]])
     return text.getvalue()
 
 
@@ -208,12 +218,30 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _plain(cell: Any) -> Any:
+def plain(cell: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula."""
     return f"'{cell}" if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")) else cell
 
 
-def _write(folder: Path, stem: str, data: Any, records: Sequence[Record], page: str) -> list[Path]:
-    files = {".json": json.dumps(finite(data), indent=1, allow_nan=False), ".csv": table_csv(records), ".html": page}
+def as_json(data: Any) -> str:
+    """Return values as JSON text; a number that JSON lacks is null."""
+    return json.dumps(finite(data), indent=1, allow_nan=False)
+
+
+def write(folder: Path, stem: str, files: Mapping[str, str]) -> list[Path]:
+    """Write files beside each other, each whole or not at all.
+
+    Args:
+        folder: Where to; made if it does not exist.
+        stem: Their common name.
+        files: Ending -> text.
+
+    Returns:
+        The paths.
+
+    Raises:
+        CouldNotRun: If the folder cannot be written to.
+    """
     paths = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
