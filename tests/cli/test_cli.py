@@ -197,10 +197,10 @@ def test_names_from_outside_are_escaped_in_the_page(here):
 
 
 def test_spreadsheets_are_not_handed_formulas():
-    from nervure.report.export import _plain
+    from nervure.report.export import plain
 
-    assert _plain("=cmd()") == "'=cmd()"
-    assert _plain(-1.5) == -1.5
+    assert plain("=cmd()") == "'=cmd()"
+    assert plain(-1.5) == -1.5
 
 
 def test_the_exit_code_is_1_when_a_claim_does_not_hold(here, monkeypatch, capsys):
