@@ -180,6 +180,39 @@ def test_single_precision_follows_double():
     assert float((single.weight.double() - double.weight).abs().max() / change) < 1e-3
 
 
+def test_backward_after_the_step_is_refused():
+    head, h, y = SphericalLinear(4, 20, loss=ZLoss().spherical), torch.randn(3, 4), torch.tensor([1, 2, 3])
+    for change in (lambda: head.step(0.1), lambda: head.set_weight(torch.ones(20, 4))):
+        early = head(h, y)
+        head(h, y).backward()
+        change()
+        with pytest.raises(UsageError, match="has changed since"):
+            early.backward()
+    head._pending.clear()
+    with torch.inference_mode():
+        assert bool(head(h, y).isfinite())  # what is kept from here serves training too
+    head(h, y).backward()
+    head.step(0.1)
+
+
+def test_spherical_slopes_are_the_derivatives():
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 40, dtype=torch.float64, generator=draw)
+    logits[0] = 2.0  # no z-score
+    sums = [logits.sum(1), (logits**2).sum(1), logits[:, 3]]
+    losses, *slopes = ZLoss(0.7, 2.0).spherical(*sums, 40)
+    torch.testing.assert_close(losses, zloss(logits, torch.full((6,), 3), a=0.7, b=2.0, reduction="none"))
+    assert all(float(slope[0]) == 0 for slope in slopes)
+    for place, slope in enumerate(slopes):
+        ends = []
+        for sign in (1, -1):
+            moved = [one + sign * 1e-5 * (place == which) for which, one in enumerate(sums)]
+            ends.append(ZLoss(0.7, 2.0).spherical(*moved, 40)[0])
+        torch.testing.assert_close(slope[1:], ((ends[0] - ends[1]) / 2e-5)[1:], rtol=1e-7, atol=1e-9)
+    broken = [one.index_fill(0, torch.tensor([1]), float("nan")) for one in sums]
+    assert bool(ZLoss().spherical(*broken, 40)[0][1].isnan())  # what is broken is not called flat
+
+
 def test_state_goes_through_a_file(tmp_path):
     head = SphericalLinear(4, 20, loss=ZLoss().spherical)
     head(torch.randn(3, 4), torch.tensor([1, 2, 3])).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,22 @@ SphericalLoss = Callable[[Tensor, Tensor, Tensor, int], Sloped]
 # U is checked against its inverse every so many steps; S and Q are computed anew every so many.
 _CHECK_EVERY, _RENEW_EVERY = 10, 10_000
 _LARGEST = 1e3
+
+
+@functools.lru_cache(maxsize=256)
+def number(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return a number as a tensor, made once: torch would make it anew in every operation with a number.
+
+    Args:
+        value: The number.
+        dtype: Its type.
+        device: Where it lies.
+
+    Returns:
+        A scalar; do not change it.
+    """
+    with torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 def squared_error(total: Tensor, squares: Tensor, target: Tensor, classes: int) -> Sloped:
@@ -180,60 +197,42 @@ class SphericalLinear(nn.Module):
             UsageError: If no backward pass was made.
             Diverged: If the step would make the matrix lose rank or overflow; it is left as it was.
         """
-        done, self._pending = self._pending, []
+        done = self._pending.copy()
+        self._pending.clear()
         if not done:
             raise UsageError("there is no gradient to step with", try_="head(h, target).backward() first")
-        parts = done[0] if len(done) == 1 else [torch.cat(part) for part in zip(*done, strict=True)]
-        H, target, rows, HQ, hS, a_s, a_q, a_c = parts
-        keep = 1 - lr * weight_decay
+        H, target, half, whole, hS, slopes = done[0] if len(done) == 1 else _joined(done)
+        U, inverse, shift, S, Q, keep = self.U, self.inverse, self.shift, self.S, self.Q, 1 - lr * weight_decay
+        a_s, a_q, a_c = slopes.unbind()
         # W <- W B - lr (1 g' + E): B = keep (I - H' diag(c) H), E the rows a_c h' at the targets.
-        c = 2 * lr / keep * a_q
-        middle = (H @ H.T).mul_(-c)
-        middle.diagonal().add_(1)
+        c = a_q * number(2 * lr / keep, a_q.dtype, a_q.device)
+        middle = torch.addcmul(_identity(len(H), H.dtype, H.device), H @ H.T, c, value=-1)
         # By Woodbury B^-1 = (I + H' diag(c) middle^-1 H) / keep, so the new inverse needs only H times the old one.
-        solved, info = torch.linalg.solve_ex(middle, H @ self.inverse)
+        solved, info = torch.linalg.solve_ex(middle, H @ inverse)
         if int(info) or not math.isfinite(float(solved.sum())):
             raise Diverged(self.steps, float("inf"), try_="a lower learning rate")
-        sums = H.T @ torch.stack([a_s, a_c, a_q * hS, c * (H @ self.shift)], 1)
-        g, e, s, w = sums.unbind(1)
-        self._update_moments(H, target, rows, HQ, (a_s, a_q, a_c), (g, e, s), lr, keep)
+        sums = torch.stack((a_s, a_c, a_q * hS, c * (H @ shift))) @ H
+        to_S, to_Y, to_shift = (_mixture(lr, keep, len(self.V), sums.dtype, sums.device) @ sums).unbind()
+        # Q changes by H'Y + Y'H. Within a batch samples of one class share a row, so E'E has a term for each such pair.
+        same = torch.where(target.unsqueeze(1) == target, a_c, number(0.0, a_c.dtype, a_c.device))
+        pairs = (half @ H.T).mul_(a_q).addcmul_(same, a_c.unsqueeze(1), value=0.25)
+        Y = torch.addmm(whole, pairs, H, beta=-lr * keep, alpha=2 * lr**2)
+        Y.addr_(a_s, to_Y.sub_(S, alpha=lr * keep))
+        change = H.T @ Y
+        torch.add(change + change.T, Q, alpha=keep**2, out=Q)
+        torch.add(to_S, S, alpha=keep, out=S)
         X = H.T * c
-        self.U.addmm_(self.U @ X, H, beta=keep, alpha=-keep)
-        self.inverse.addmm_(X, solved, beta=1 / keep, alpha=1 / keep)
-        self.shift = keep * (self.shift - w) - lr * g
-        self.V.index_add_(0, target, ((-lr / keep * a_c)[:, None] * solved).to(self.V.dtype))
+        U.addmm_(U @ X, H, beta=keep, alpha=-keep)
+        inverse.addmm_(X, solved, beta=1 / keep, alpha=1 / keep)
+        torch.add(to_shift, shift, alpha=keep, out=shift)
+        self.V.index_add_(0, target, (a_c.unsqueeze(1) * solved).to(self.V.dtype), alpha=-lr / keep)
         self.steps += 1
         if self.steps % _CHECK_EVERY == 0:
             self._renew_if_needed()
 
-    def _update_moments(
-        self,
-        H: Tensor,
-        target: Tensor,
-        rows: Tensor,
-        HQ: Tensor,
-        slopes: tuple[Tensor, Tensor, Tensor],
-        sums: tuple[Tensor, Tensor, Tensor],
-        lr: float,
-        keep: float,
-    ) -> None:
-        """Change S and Q as the step changes W; Q by H'Y + Y'H, with everything of rank m in Y."""
-        D = len(self.V)
-        (a_s, a_q, a_c), (g, e, s) = slopes, sums
-        S = keep * self.S - 2 * lr * s
-        half = torch.addcmul(a_q[:, None] * HQ, a_c[:, None], rows)
-        pairs = (half @ H.T).mul_(a_q)
-        # Within a batch samples of one class share a row, so E'E has a term for each such pair.
-        pairs += torch.outer(a_c, a_c / 4).mul_(target[:, None] == target)
-        Y = torch.addcmul(half, a_q[:, None], HQ).addmm_(pairs, H, beta=-lr * keep, alpha=2 * lr**2)
-        Y.addr_(a_s, lr**2 * (D / 2 * g + e) - lr * S)
-        change = H.T @ Y
-        self.Q.mul_(keep**2).add_(change).add_(change.T)
-        self.S = S - lr * (D * g + e)
-
     def _renew_if_needed(self) -> None:
         """Multiply U into V where rounding has parted U from its inverse, or either has grown large."""
-        drift = (self.U @ self.inverse).sub_(torch.eye(len(self.U), dtype=self.U.dtype, device=self.U.device))
+        drift = (self.U @ self.inverse).sub_(_identity(len(self.U), self.U.dtype, self.U.device))
         largest = max(float(self.U.abs().amax()), float(self.inverse.abs().amax()))
         allowed = 1e-4 if self.U.dtype is torch.float32 else 1e-10
         if float(drift.abs().amax()) > allowed or largest > _LARGEST or self.steps % _RENEW_EVERY == 0:
@@ -245,24 +244,53 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h: Tensor, target: Tensor, head: SphericalLinear) -> Tensor:
-        Q, S = head.Q, head.S
-        rows = torch.addmm(head.shift, head.V.index_select(0, target).to(h.dtype), head.U)
-        HQ, hS = h @ Q, h @ S
-        losses, *slopes = head.loss(hS, (HQ * h).sum(1), (rows * h).sum(1), len(head.V))
-        ctx.head, ctx.S = head, S
-        ctx.save_for_backward(h, target, rows, HQ, hS, _rows(slopes, losses))
-        return losses.mean()
+        Q, S, V = head.Q, head.S, head.V
+        seen = h.new_empty(2, *h.shape)  # HQ, and the rows of the targets
+        HQ, rows = seen.unbind()
+        torch.mm(h, Q, out=HQ)
+        torch.addmm(head.shift, V.index_select(0, target).to(h.dtype), head.U, out=rows)
+        hS = h @ S
+        squares, own = (seen * h).sum(2).unbind()
+        losses, *slopes = head.loss(hS, squares, own, len(V))
+        ctx.head, ctx.S, ctx.version = head, S, S._version
+        ctx.save_for_backward(h, target, HQ, rows, hS, _rows(slopes, losses))
+        return losses.sum() * number(1 / len(h), h.dtype, h.device)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        h, target, rows, HQ, hS, slopes = ctx.saved_tensors
-        a_s, a_q, a_c = slopes * (outer[0] / len(h))
-        ctx.head._pending.append((h, target, rows, HQ, hS, a_s, a_q, a_c))
-        grad = torch.addcmul((2 * a_q)[:, None] * HQ, a_c[:, None], rows).addr_(a_s, ctx.S)
-        return grad, None, None
+        h, target, HQ, rows, hS, slopes = ctx.saved_tensors
+        if ctx.S is not ctx.head.S or ctx.version != ctx.S._version:
+            raise UsageError("the output layer has changed since the loss was computed", try_="backward before step")
+        slopes = slopes * (outer[0] * number(1 / len(h), h.dtype, h.device))
+        _, a_q, a_c = slopes.unsqueeze(2).unbind()
+        by_square = HQ * a_q
+        half = torch.addcmul(by_square, rows, a_c)
+        whole = half + by_square
+        ctx.head._pending.append((h, target, half, whole, hS, slopes))
+        return torch.addr(whole, slopes[0], ctx.S), None, None
+
+
+def _joined(done: list[tuple[Tensor, ...]]) -> list[Tensor]:
+    """Return the parts of several backward passes as those of one; the slopes have the samples last."""
+    *parts, slopes = zip(*done, strict=True)
+    return [*(torch.cat(part) for part in parts), torch.cat(slopes, 1)]
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.eye(size, dtype=dtype, device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def _mixture(lr: float, keep: float, classes: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return how the sums g, e, s and w over a batch enter the changes of S, of Y's rows and of the shift."""
+    with torch.inference_mode(False):
+        rows = [[-lr * classes, -lr, -2 * lr, 0], [lr**2 * classes / 2, lr**2, 2 * lr**2, 0], [-lr, 0, 0, -keep]]
+        return torch.tensor(rows, dtype=dtype, device=device)
 
 
 def _rows(slopes: list[Tensor | float], like: Tensor) -> Tensor:
     """Return the three slopes as rows, numbers spread over the samples."""
     whole = (slope if isinstance(slope, Tensor) else like.new_full(like.shape, slope) for slope in slopes)
-    return torch.stack([slope.to(like.dtype) for slope in whole])
+    return torch.stack([slope if slope.dtype is like.dtype else slope.to(like.dtype) for slope in whole])

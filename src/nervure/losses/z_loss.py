@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from nervure._kit import UsageError
 from nervure.core import rng
 from nervure.core.cost import one_thread
-from nervure.losses.spherical import Sloped, SphericalLinear
+from nervure.losses.spherical import Sloped, SphericalLinear, number
 from nervure.spec import Card, Check, Ctx, claim
 
 CARD = Card(
@@ -181,12 +181,21 @@ class ZLoss(nn.Module):
         """
         if self.weight is not None:
             raise UsageError("the spherical form has no class weights", try_="ZLoss without weight")
-        mean = total / classes
-        root = _inverse_root(squares / classes - mean * mean)
-        z = (target - mean) * root
-        push = -torch.sigmoid(self.a * (self.b - z)) * root
-        by_square = push * z * root / (-2 * classes)
-        return _of_z(z, self.a, self.b), push / -classes - 2 * mean * by_square, by_square, push
+        a, b, share = (number(value, total.dtype, total.device) for value in (self.a, self.b, 1 / classes))
+        mean = total * share
+        root = torch.addcmul(squares * share, mean, mean, value=-1).clamp_(min=0).rsqrt_()
+        root.nan_to_num_(nan=float("nan"), posinf=0.0)  # equal outputs have no z-score; see `_inverse_root`
+        z = (target - mean).mul_(root)
+        gap = b - z
+        push = torch.sigmoid(gap * a).mul_(root)
+        by_variance = z.mul_(root).mul_(push).mul_(share)
+        by_total = torch.addcmul(push * share, mean, by_variance, value=-1)
+        return (
+            F.softplus(gap, beta=self.a),
+            by_total,
+            by_variance.mul_(number(0.5, total.dtype, total.device)),
+            push.neg_(),
+        )
 
 
 class _FrozenQ(SphericalLinear):

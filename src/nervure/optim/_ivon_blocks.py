@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import accumulate, groupby
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from torch import Tensor
 from nervure._kit import Unsupported
 from nervure.core.noise import Stream
 from nervure.optim._ivon_kernels import HALF, Kernels, Rule, choose
+from nervure.optim._ivon_memory import Sample, where
 
 BLOCK = 1 << 20
 """Elements of a block; a larger parameter is a block of its own."""
@@ -31,14 +33,12 @@ class Rows(NamedTuple):
         hess: The Hessian.
         momentum: The momentum.
         shift: What a sample adds to the mean, then what an update adds to it.
-        saved: The mean inside a sample, in the parameters' own precision.
         packed: The gradients, in memory that blocks may share.
     """
 
     hess: Tensor
     momentum: Tensor
     shift: Tensor
-    saved: Tensor
     packed: Tensor
 
     def cut(self, start: int, stop: int) -> Rows:
@@ -81,18 +81,19 @@ def _spans(params: list[Tensor], group: dict[str, Any], state: Any, *, fused: bo
     lengths = [_up(sum(map(_room, part)), 2 * HALF) for part in parts]
     length = sum(lengths)
     # Each row is memory of its own, so that what is saved with a state is (nearly) that alone.
-    hess, momentum, shift, saved, packed = (
-        torch.zeros(length + start, dtype=dtype, device=like.device)[start:]
-        for start, dtype in zip(range(0, 5 * STAGGER, STAGGER), (kind, kind, kind, like.dtype, kind), strict=True)
-    )
+    hess, momentum, shift, packed = (_row(length, turn, kind, like.device) for turn in range(4))
     hess.fill_(group["hess_init"])
-    rows = Rows(hess, momentum, shift, saved, packed if kernels.whole else packed[: max(lengths)].clone())
+    rows = Rows(hess, momentum, shift, packed if kernels.whole else packed[: max(lengths)].clone())
     if kernels.whole:
         yield Span(rows, parts, lengths, state, group=group, kernels=kernels)
         return
     for part, size, end in zip(parts, lengths, accumulate(lengths), strict=True):
         own = rows.cut(end - size, end)._replace(packed=rows.packed[:size])
         yield Span(own, [part], [size], state, group=group, kernels=kernels)
+
+
+def _row(length: int, turn: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(length + turn * STAGGER, dtype=dtype, device=device)[turn * STAGGER :]
 
 
 def _up(length: int, to: int) -> int:
@@ -127,7 +128,7 @@ class Block:
     def __init__(self, params: list[Tensor], rows: Rows, state: Any) -> None:
         self.params, self.rows = params, rows
         self.sizes = [_room(p) for p in params]
-        hessians, momenta, self.shift_views, self.saved_views, self.packed_views = map(self._views, rows)
+        hessians, momenta, self.shift_views, self.packed_views = map(self.views, rows)
         for p, *views in zip(params, hessians, momenta, strict=True):
             old = state[p]
             for name, view in zip(("hess", "momentum"), views, strict=True):
@@ -143,18 +144,9 @@ class Block:
         rows = flat[: sum(self.sizes)].split(self.sizes)
         return [row[: p.numel()] for row, p in zip(rows, self.params, strict=True)]
 
-    def _views(self, flat: Tensor) -> list[Tensor]:
+    def views(self, flat: Tensor) -> list[Tensor]:
+        """Cut a row of the block into one tensor of each parameter's shape."""
         return [part.view(p.shape) for part, p in zip(self.parts(flat), self.params, strict=True)]
-
-    def perturb(self) -> None:
-        """Remember the mean and shift the parameters."""
-        torch._foreach_copy_(self.saved_views, self.params)
-        torch._foreach_add_(self.params, self.shift_views)
-
-    def restore(self) -> None:
-        """Put the mean back into the parameters."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.params, self.saved_views)
 
     def keep(self) -> None:
         """Keep gradient times shift of the first sample before the second one overwrites the shift."""
@@ -182,7 +174,7 @@ class Block:
             self.product.lerp_(self.rows.shift * change, 1 / count)
             change.sub_(self.raw).div_(count)
             self.raw += change
-        for p, old, new in zip(self.params, before, self._views(change), strict=True):
+        for p, old, new in zip(self.params, before, self.views(change), strict=True):
             if old is not None or p.grad is not None:
                 p.grad = (new.clone() if old is None else old + new).to(p.dtype)
 
@@ -210,8 +202,7 @@ class Block:
 
     def move(self, changes: Sequence[Tensor]) -> None:
         """Add the changes, one for each parameter, to the parameters that have a gradient."""
-        pairs = [(p, change) for p, change in zip(self.params, changes, strict=True) if p.grad is not None]
-        torch._foreach_add_([p for p, _ in pairs], [change for _, change in pairs])
+        where([p.grad is not None for p in self.params], torch._foreach_add_, self.params, changes)
 
 
 class Span:
@@ -248,15 +239,28 @@ class Span:
             for p, size, end in zip(block.params, block.sizes, accumulate(block.sizes), strict=True)
         ]
         self._drawn: tuple[float, ...] | None = None
+        params = [p for block in self.blocks for p in block.params]
+        like = params[0]
+        self.sample = Sample(
+            params,
+            rows.shift,
+            self._views,
+            partial(_row, len(rows.shift), 4, like.dtype, like.device),
+            point=kernels.whole and like.dtype is rows.shift.dtype,
+        )
+
+    def _views(self, flat: Tensor) -> list[Tensor]:
+        parts = flat.split([len(block.rows.shift) for block in self.blocks])
+        return [view for block, part in zip(self.blocks, parts, strict=True) for view in block.views(part)]
 
     def perturb(self, noise: Stream) -> None:
-        """Draw the shift eps / sqrt(ess (h + delta)), remember the mean and shift the parameters."""
+        """Draw the shift eps / sqrt(ess (h + delta)) and let the parameters hold mean plus shift."""
         self.draw(noise)
-        for block in reversed(self.blocks):  # back from where the last pass ended, into what is still in cache
-            block.perturb()
+        self.sample.enter()
 
     def draw(self, noise: Stream) -> None:
         """Draw the shift alone, unless an update has drawn this very one already."""
+        self.sample.forget()
         source = self._source(noise)
         if source != self._drawn:
             state, ess, delta, _ = source
@@ -280,24 +284,27 @@ class Span:
             return
         for block in reversed(self.blocks):
             block.pack()
-        hess, momentum, shift, saved, grad = self.rows
+        hess, momentum, shift, grad = self.rows
         if scale is not None:
             grad.div_(scale.to(grad.device))
-        mean = saved.to(grad.dtype)
         runs = list(self._runs())
         several = self.blocks[0].product is not None
         ahead = self.kernels.advance is not None and not several and runs[0][0] == slice(0, self.places[-1][-1])
         if ahead:
             assert self.kernels.advance is not None
-            self.kernels.advance(self._rule(runs[0][1]), hess, momentum, mean, shift, grad, source[0])
+            shifted = self.sample.whole
+            mean = (self.sample.row if shifted else self.sample.mean()).to(grad.dtype)
+            self.kernels.advance(self._rule(runs[0][1]), shifted, hess, momentum, mean, shift, grad, source[0])
             self._drawn = (*source[:3], hess._version)
+            self.sample.forget()
         else:
-            self._update_runs(runs, mean, several=several)
+            self._update_runs(runs, several=several)
         for block in reversed(self.blocks):
             block.move(block.packed_views if ahead else block.shift_views)
 
-    def _update_runs(self, runs: Sequence[tuple[slice, int]], mean: Tensor, *, several: bool) -> None:
-        hess, momentum, shift, _, grad = self.rows
+    def _update_runs(self, runs: Sequence[tuple[slice, int]], *, several: bool) -> None:
+        hess, momentum, shift, grad = self.rows
+        mean = self.sample.mean().to(grad.dtype)
         factor = grad
         if several:
             for block in self.blocks:

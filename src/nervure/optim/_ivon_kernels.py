@@ -44,15 +44,15 @@ class Kernels(NamedTuple):
         draw: Called with the shift to fill, the Hessian, the state of the noise, ess and delta.
         update: Called with the rule, Hessian, momentum, mean, two factors of shift times gradient, and the gradient; it
             leaves the change of the mean in the first factor.
-        advance: Called with the rule, Hessian, momentum, mean, shift, gradient and the state of the noise; it updates,
-            leaves the change of the mean in the gradient, and draws the next shift by the way, while the processor
-            waits for memory. None where that gains nothing.
+        advance: Called with the rule, whether the mean still has the shift added to it, Hessian, momentum, mean, shift,
+            gradient and the state of the noise; it updates, leaves the change of the mean in the gradient, and draws
+            the next shift by the way, while the processor waits for memory. None where that gains nothing.
     """
 
     whole: bool
     draw: Callable[[Tensor, Tensor, int, float, float], None]
     update: Callable[[Rule, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], None]
-    advance: Callable[[Rule, Tensor, Tensor, Tensor, Tensor, Tensor, int], None] | None
+    advance: Callable[[Rule, bool, Tensor, Tensor, Tensor, Tensor, Tensor, int], None] | None
 
 
 def _draw(shift: Tensor, hess: Tensor, state: int, ess: float, delta: float) -> None:
@@ -126,7 +126,7 @@ def _moved(
     numbers: Tensor, hess: Tensor, momentum: Tensor, mean: Tensor, product: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return Hessian, momentum, the change of the mean and the new 1 / (h + delta)."""
-    ess, delta, momentum_gain, hess_gain, curving, bias, lr, clip, _ = numbers.unbind()
+    ess, delta, momentum_gain, hess_gain, curving, bias, lr, clip, *_ = numbers.unbind()
     precision = hess + delta
     f = hess - ess * product * precision
     momentum = momentum + momentum_gain * (grad - momentum)
@@ -156,8 +156,9 @@ def _update_whole(
 
 def _advance_whole(numbers: Tensor, steps: Tensor, starts: Tensor, *halves: Tensor) -> None:
     both = halves[::2], halves[1::2]
-    moved = [_moved(numbers, h, v, mean, shift * grad, grad) for h, v, mean, shift, grad in both]
-    shifts = _shifts(steps, starts, numbers[-1], *(inverse for *_, inverse in moved))
+    variance, shifted = numbers[-2:].unbind()
+    moved = [_moved(numbers, h, v, mean - shifted * shift, shift * grad, grad) for h, v, mean, shift, grad in both]
+    shifts = _shifts(steps, starts, variance, *(inverse for *_, inverse in moved))
     for (hess, momentum, _, shift, grad), (*new, _), new_shift in zip(both, moved, shifts, strict=True):
         for row, value in zip((hess, momentum, grad, shift), (*new, new_shift), strict=True):
             row.copy_(value)
@@ -183,8 +184,8 @@ def _compiled(function: Callable[..., None], device: torch.device, dtype: torch.
     stream = _stream(0, rows[0])
     examples: dict[Any, tuple[Tensor, ...]] = {
         _draw_whole: (rows[0].new_ones(2), *stream, *_halves(*rows[:2])),
-        _update_whole: (rows[0].new_ones(9), *rows),
-        _advance_whole: (rows[0].new_ones(9), *stream, *_halves(*rows[:5])),
+        _update_whole: (rows[0].new_ones(10), *rows),
+        _advance_whole: (rows[0].new_ones(10), *stream, *_halves(*rows[:5])),
     }
     graph = make_fx(function, tracing_mode="symbolic")(*examples[function])
     inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
@@ -208,9 +209,10 @@ def _stream(state: int, shift: Tensor) -> tuple[Tensor, Tensor]:
     return noise.steps(shift.device)[:HALF], _stripes(len(shift) // (2 * HALF), shift.device) + noise.signed(state)
 
 
-def _numbers(rule: Rule, like: Tensor) -> Tensor:
+def _numbers(rule: Rule, like: Tensor, *, shifted: bool = False) -> Tensor:
     ess, delta, momentum_gain, hess_gain, debias, lr, clip = rule
-    return like.new_tensor((ess, delta, momentum_gain, hess_gain, 0.5 * hess_gain**2, 1 / debias, lr, clip, 1 / ess))
+    derived = (0.5 * hess_gain**2, 1 / debias)
+    return like.new_tensor((ess, delta, momentum_gain, hess_gain, *derived, lr, clip, 1 / ess, float(shifted)))
 
 
 def _draw_fused(shift: Tensor, hess: Tensor, state: int, ess: float, delta: float) -> None:
@@ -224,10 +226,10 @@ def _update_fused(
 
 
 def _advance_fused(
-    rule: Rule, hess: Tensor, momentum: Tensor, mean: Tensor, shift: Tensor, grad: Tensor, state: int
+    rule: Rule, shifted: bool, hess: Tensor, momentum: Tensor, mean: Tensor, shift: Tensor, grad: Tensor, state: int
 ) -> None:
     rows = _halves(hess, momentum, mean, shift, grad)
-    _call(_advance_whole, _numbers(rule, hess), *_stream(state, shift), *rows)
+    _call(_advance_whole, _numbers(rule, hess, shifted=shifted), *_stream(state, shift), *rows)
 
 
 FUSED = Kernels(whole=True, draw=_draw_fused, update=_update_fused, advance=_advance_fused)
@@ -242,7 +244,9 @@ def _tried(kernels: Kernels, device: str, dtype: torch.dtype) -> Tensor:
     kernels.update(rule, *rows)
     factor.copy_(shift)  # the change
     if kernels.advance is not None:
-        kernels.advance(rule, hess, momentum, mean, shift, grad, 5)
+        mean += shift
+        kernels.advance(rule, True, hess, momentum, mean, shift, grad, 5)
+        mean.fill_(1)
     else:
         kernels.update(rule, hess, momentum, mean, shift, grad, grad)
         grad.copy_(shift)

@@ -14,6 +14,7 @@ from nervure._kit import UsageError
 from nervure.core import rng
 from nervure.core.noise import Stream
 from nervure.optim._ivon_blocks import Block, Span, lay_out
+from nervure.optim._ivon_memory import Spent
 from nervure.optim._ivon_trial import compare
 from nervure.spec import Card, Check, Ctx, claim
 
@@ -66,7 +67,8 @@ class IVON(torch.optim.Optimizer):
 
     With ``fused=True`` torch's compiler makes single loops of the passes over the weights. It needs a C++ compiler (on
     a CUDA device, Triton) and takes seconds once per process, device type and precision; without one a warning says
-    so and the unfused passes run. Both give equal results to rounding.
+    so and the unfused passes run. Both give equal results to rounding. On a CPU parameters whose memory nobody else
+    sees then point at other memory inside the block, so do not keep their addresses.
 
     Differs from the paper: noise comes from the optimizer's own stream; the factor h0 + delta on the learning rate,
     which the paper leaves to the user, is there unless ``rescale_lr=False``; weight decay acts on the mean that the
@@ -146,7 +148,7 @@ class IVON(torch.optim.Optimizer):
         self._blocks: list[Block] = []
         self._layout: list[tuple[int, ...]] = []
         self._count, self._inside = 0, False
-        self._used: dict[int, tuple[Tensor, int]] = {}
+        self._spent = Spent()
 
     @contextmanager
     def sample(self) -> Iterator[None]:
@@ -167,7 +169,7 @@ class IVON(torch.optim.Optimizer):
             self._count = 0  # the model's own zero_grad was called
         if not self._count:
             self._lay_out()
-        self._before = [self._unused(p) for p in self._params()]
+        self._before = [self._spent.rest(p) for p in self._params()]
         completed = False
         try:
             self._inside = True
@@ -176,8 +178,8 @@ class IVON(torch.optim.Optimizer):
             completed = True
         finally:
             self._inside = False
-            for block in self._blocks:
-                block.restore()
+            for span in self._spans:
+                span.sample.leave()
             if completed and any(p.grad is not None for p in self._params()):
                 self._collect()
             else:
@@ -273,28 +275,20 @@ class IVON(torch.optim.Optimizer):
             ahead = copy.copy(self._noise)
             for span in self._spans:
                 span.update(scale, ahead)
-        self._used = {id(p): (p.grad, p.grad._version) for p in self._params() if p.grad is not None}
+        self._spent.note(self._params())
         self._count = 0
         return sum(losses) / len(losses) if losses and losses[0] is not None else None
 
     def _params(self) -> list[Tensor]:
         return [p for block in self._blocks for p in block.params]
 
-    def _unused(self, parameter: Tensor) -> Tensor | None:
-        """Return the gradient from before the block, or None if the last step has used it up already."""
-        grad = parameter.grad
-        used = self._used.get(id(parameter))
-        if grad is None or (used is not None and used[0] is grad and used[1] == grad._version):
-            return None
-        return grad.clone() if self._count else grad  # distributed gradients may share memory with the next ones
-
     @torch.no_grad()
     def _perturb(self) -> None:
-        for block in self._blocks:
-            if self._count:
-                block.keep()
-            else:
-                block.forget()
+        with torch.inference_mode(False), torch.no_grad():  # what a prediction in that mode keeps is for training
+            if self._count:  # distributed gradients may share memory with the next ones
+                self._before = [None if grad is None else grad.clone() for grad in self._before]
+            for block in self._blocks:
+                (block.keep if self._count else block.forget)()
         for span in self._spans:
             span.perturb(self._noise)
         for p in self._params():
@@ -339,7 +333,12 @@ class IVON(torch.optim.Optimizer):
 
         Args:
             state_dict: The state.
+
+        Raises:
+            UsageError: If the parameters hold a sample.
         """
+        if self._inside:
+            raise UsageError("a state cannot be loaded inside a sample", try_="loading it after the block")
         super().load_state_dict(dict(state_dict))
         ids = [one for group in state_dict["param_groups"] for one in group["params"]]
         for one, p in zip(ids, (p for group in self.param_groups for p in group["params"]), strict=True):
