@@ -71,7 +71,6 @@ def test_the_page_tells_what_saves_nothing_and_escapes_names(tmp_path):
         name="compare",
         title="<script>",
         metric="accuracy",
-        baseline="masked",
         protocol="equal steps",
         command="nervure compare prune",
         columns={**COLUMNS, "nobody_measured": "nothing"},
@@ -89,8 +88,6 @@ def test_the_page_tells_what_saves_nothing_and_escapes_names(tmp_path):
 def test_without_other_metrics_the_page_is_the_leaderboard_alone(tmp_path):
     bare = [record("a", 0.5, seed, accuracy=0.5 + seed / 10) for seed in range(2)]
     made = case_tables(bare, metric="accuracy", baseline="a")
-    files = leaderboard_files(
-        made, bare, tmp_path, name="x", title="x", metric="accuracy", baseline="a", protocol="", command=""
-    )
+    files = leaderboard_files(made, bare, tmp_path, name="x", title="x", metric="accuracy", protocol="", command="")
     assert "Does it save time?" not in files[-1].read_text(encoding="utf-8")
     assert math.isclose(made[0].spread["a"][0], 0.55)

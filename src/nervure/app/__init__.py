@@ -10,6 +10,7 @@ __getattr__, __dir__ = lazy_attributes(
         "Pruning": "nervure.app.pruning",
         "Ran": "nervure.app.claims",
         "audit": "nervure.app.auditing",
+        "compare": "nervure.app.contests",
         "compare_prune": "nervure.app.comparisons",
         "export": "nervure.app.exports",
         "prune": "nervure.app.pruning",

@@ -89,7 +89,6 @@ def compare_prune(
         name=prune.report_name(unit),
         title=f"Pruning {model} on {data}",
         metric=prune.METRIC,
-        baseline=baseline,
         columns=outcome.COLUMNS,
         layers=outcome.LAYER,
         protocol=(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from nervure._kit import UsageError
+from nervure.app.contests import write
 from nervure.arena import find_claim, outcome, prune
+from nervure.arena.contest import CONTESTS, contest
 from nervure.report import case_tables, leaderboard_files, verdict_files
 from nervure.spec import Record, canonical_json
 from nervure.stats import verdict
@@ -20,7 +22,7 @@ def export(what: str, *, store: str | Path | None = None, folder: str | Path = "
     the one measured last is written.
 
     Args:
-        what: A claim (``card`` or ``card/claim``), or ``compare-prune``.
+        what: A claim (``card`` or ``card/claim``), ``compare-prune``, or ``compare-`` and a contest's name.
         store: The store; None for the user's own.
         folder: Where to.
 
@@ -31,6 +33,8 @@ def export(what: str, *, store: str | Path | None = None, folder: str | Path = "
         UsageError: If the store has no record of it.
     """
     with Store.open(store) as opened:
+        if what.removeprefix("compare-") in CONTESTS:
+            return _contest(newest(opened.records(target=f"arena:{what.removeprefix('compare-')}")), what, Path(folder))
         if what == "compare-prune":
             return _leaderboard(newest(opened.records(target=f"arena:{prune.NAME}")), Path(folder))
         claim = find_claim(what)
@@ -45,6 +49,15 @@ def _latest_setting(records: list[Record], what: str) -> list[Record]:
         raise UsageError(f"the store has no record of {what}", try_=f"nervure run {what}")
     last = canonical_json(dict(max(records, key=lambda record: record.started).job.params))
     return [record for record in records if canonical_json(dict(record.job.params)) == last]
+
+
+def _contest(records: list[Record], what: str, folder: Path) -> list[Path]:
+    name = what.removeprefix("compare-")
+    if not records:
+        raise UsageError("the store has no such comparison", try_=f"nervure compare {name}")
+    last = canonical_json(dict(max(records, key=lambda record: record.started).job.params))
+    chosen = [record for record in records if canonical_json(dict(record.job.params)) == last]
+    return write(contest(name), chosen, folder, command=f"nervure compare {name}").files
 
 
 def _leaderboard(records: list[Record], folder: Path) -> list[Path]:
@@ -69,7 +82,6 @@ def _leaderboard(records: list[Record], folder: Path) -> list[Path]:
         name=prune.report_name(unit),
         title=f"Pruning {params['model']} on {params['data']}",
         metric=prune.METRIC,
-        baseline=baseline,
         columns=outcome.COLUMNS,
         layers=outcome.LAYER,
         protocol=f"From the store: {params['steps']} optimizer steps in all for every entrant.",

@@ -6,13 +6,13 @@ import importlib
 from collections.abc import Callable, Mapping
 
 from nervure._kit import UnknownId, UsageError
+from nervure.arena.contest import CONTESTS, contest
 from nervure.arena.context import Context
 from nervure.catalogue import get
 from nervure.core import Meter
 from nervure.spec import Claim, Job, Notes, claims_of
 
 Progress = Callable[[float, str], None]
-ARENAS = ("prune",)
 
 
 def find_claim(claim_id: str) -> Claim:
@@ -54,8 +54,10 @@ def measure(job: Job, progress: Progress, notes: Notes) -> None:
     kind, _, name = job.target.partition(":")
     if kind == "claim":
         _measure_claim(job, find_claim(name), progress, notes)
-    elif kind == "arena" and name in ARENAS:
-        importlib.import_module(f"nervure.arena.{name}").measure(job, progress, notes)
+    elif kind == "arena" and name == "prune":
+        importlib.import_module("nervure.arena.prune").measure(job, progress, notes)
+    elif kind == "arena" and name in CONTESTS:
+        contest(name).run(job, progress, notes)
     else:
         raise UsageError("the job has no known target", expected="claim:... or arena:...", found=job.target)
 

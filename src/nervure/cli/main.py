@@ -33,8 +33,10 @@ for _name, _where, _help in (
     ("data", "running:data", "Bring a data set into the cache and say what it holds."),
 ):
     app.command(f"nervure.cli.{_where}", name=_name, help=_help)
-compare = cyclopts.App(name="compare", help="Compare the methods of a family on one network, at equal budget.")
+compare = cyclopts.App(name="compare", help="Compare the methods of a family, at equal budget.")
 compare.command("nervure.cli.running:compare_prune", name="prune", help="Compare pruning methods.")
+for _name, _help in (("curvature", "Compare estimators of eigenvalues, trace and density with the exact spectrum."),):
+    compare.command(f"nervure.cli.contests:{_name.replace('-', '_')}", name=_name, help=_help)
 app.command(compare)
 
 

@@ -2,7 +2,7 @@
 
 from nervure.report.audit_page import audit_files
 from nervure.report.export import leaderboard_files, verdict_files
-from nervure.report.tables import ArmRow, CaseTable, arm_rows, case_tables, no_faster
+from nervure.report.tables import ArmRow, CaseTable, arm_rows, case_tables, contest_tables, no_faster
 
 __all__ = [
     "ArmRow",
@@ -10,6 +10,7 @@ __all__ = [
     "arm_rows",
     "audit_files",
     "case_tables",
+    "contest_tables",
     "leaderboard_files",
     "no_faster",
     "verdict_files",

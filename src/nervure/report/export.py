@@ -105,7 +105,6 @@ def leaderboard_files(
     name: str,
     title: str,
     metric: str,
-    baseline: str,
     protocol: str,
     command: str,
     columns: Mapping[str, str] | None = None,
@@ -120,7 +119,6 @@ def leaderboard_files(
         name: Stem of the files.
         title: Title of the page.
         metric: What is compared.
-        baseline: The arm the others are compared with.
         protocol: Rule, draws, seeds, budget and kind of interval in a sentence or two.
         command: The command that repeats it.
         columns: Metric -> heading of what else the page tabulates, means over the seeds.
@@ -139,13 +137,12 @@ def leaderboard_files(
         {
             "title": title,
             "tables": tables,
-            "plot": plots.share_plot(tables, metric),
+            "plot": plots.share_plot(tables, metric) if tables and tables[0].unit else plots.cases_plot(tables, metric),
             "time_plot": plots.time_plot(tables) if "ms_64" in columns else "",
             "layers": {table.case: plots.layers_plot(table, layers) if layers else "" for table in tables},
             "no_faster": {table.case: no_faster(table) for table in tables},
             "columns": columns,
             "metric": metric,
-            "baseline": baseline,
             "protocol": protocol,
             "command": command,
             "environment": _environment(records),

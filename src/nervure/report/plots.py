@@ -173,6 +173,41 @@ def share_plot(tables: Sequence[CaseTable], metric: str) -> str:
     return svg(figure)
 
 
+def cases_plot(tables: Sequence[CaseTable], metric: str) -> str:
+    """Draw the metric of every arm with its 95% interval, a panel a case.
+
+    Args:
+        tables: One leaderboard a case.
+        metric: The metric's name.
+
+    Returns:
+        The SVG text.
+    """
+    looks, columns = _looks(tables), min(3, max(1, len(tables)))
+    rows = max(1, math.ceil(len(tables) / columns))
+    most = max((len(table.spread) for table in tables), default=1)
+    figure = Figure(figsize=(3.2 * columns + 1.2, rows * (0.9 + 0.22 * most)), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, table in zip(panels, tables, strict=False):
+        arms = [row.arm for row in table.rows if row.arm in table.spread]
+        for place, arm in enumerate(reversed(arms)):
+            mean, low, high = table.spread[arm]
+            colour, marker = looks[arm]
+            if math.isfinite(low):
+                ax.plot([low, high], [place, place], color=colour, lw=3, alpha=0.4, solid_capstyle="butt")
+            ax.plot([mean], [place], marker, color=colour, ms=5)
+        ax.set_yticks(range(len(arms)), list(reversed(arms)), fontsize=6)
+        means = [table.spread[arm][0] for arm in arms]
+        if means and min(means) > 0 and max(means) > 100 * min(means):
+            ax.set_xscale("log")
+        ax.set_title(table.case, fontsize=7, loc="left")
+        ax.set_xlabel(metric, fontsize=6)
+        ax.tick_params(axis="x", labelsize=6)
+    for ax in panels[len(tables) :]:
+        ax.set_visible(False)
+    return svg(figure)
+
+
 _MARKERS = "osD^vPX*"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 from nervure.spec import Record, Status
 from nervure.stats import Row, leaderboard, t_interval
@@ -76,13 +77,14 @@ class CaseTable:
 
     Args:
         case: The case's name.
-        unit: What is counted: density, macs, params or bytes.
-        share: The share of it that stays.
+        unit: What is counted: density, macs, params or bytes; empty where nothing is made smaller.
+        share: The share of it that stays; NaN where nothing is made smaller.
         rows: The arms, best first.
         spread: Arm -> (mean, low, high) of the metric itself.
         problems: Arm -> first error text of its failed seeds.
         levels: The arms that keep everything and therefore stand in every case, such as the dense network.
         means: Arm -> metric -> mean over the seeds, of whatever else was measured.
+        baseline: The arm the others are compared with.
     """
 
     case: str
@@ -93,6 +95,12 @@ class CaseTable:
     problems: dict[str, str]
     levels: list[str] = field(default_factory=list)
     means: dict[str, dict[str, float]] = field(default_factory=dict)
+    baseline: str = ""
+
+    @property
+    def heading(self) -> str:
+        """What stands over the table."""
+        return f"{self.unit} {100 * self.share:g}%" if self.unit else self.case
 
 
 def _share(record: Record) -> float:
@@ -121,25 +129,52 @@ def case_tables(records: Sequence[Record], *, metric: str, baseline: str) -> lis
         # What keeps everything has no share of its own.
         alike = [record.replace(job=replace(record.job, case=case)) for record in whole]
         together = [*alike, *found]
-        problems = {
-            record.job.arm: (record.error or str(record.status)).splitlines()[0]
-            for record in together
-            if record.status is not Status.DONE
-        }
-        unsupported = {arm for arm, text in problems.items() if text.startswith("Unsupported")}
-        ranked = [record for record in together if record.job.arm not in unsupported]
-        arms = {record.job.arm for record in ranked if record.values()}
-        against = baseline if baseline in arms else min(arms, default=baseline)
-        rows = leaderboard(ranked, metric=metric, better="higher", baseline=against) if arms else []
-        measured = arm_rows(ranked)
-        spread = {row.arm: (row.mean, row.low, row.high) for row in measured if row.metric == metric}
-        means: dict[str, dict[str, float]] = {}
-        for row in measured:
-            means.setdefault(row.arm, {})[row.metric] = row.mean
-        levels = list(dict.fromkeys(record.job.arm for record in alike if record.job.arm in arms))
+        table = _table(case, together, metric=metric, better="higher", baselines=(baseline,))
+        levels = list(dict.fromkeys(record.job.arm for record in alike if record.job.arm in table.means))
         unit = str(found[0].job.params.get("unit", "density"))
-        tables.append(CaseTable(case, unit, _share(found[0]), rows, spread, problems, levels, means))
+        tables.append(replace(table, unit=unit, share=_share(found[0]), levels=levels))
     return sorted(tables, key=lambda table: -table.share)
+
+
+def contest_tables(
+    records: Sequence[Record], *, metric: str, better: Literal["higher", "lower"], baselines: Sequence[str]
+) -> list[CaseTable]:
+    """Return one leaderboard a case, in the order of the records.
+
+    Args:
+        records: Records of one contest; a job may have measured several arms.
+        metric: What is compared.
+        better: Whether higher or lower is better.
+        baselines: The arms the others are compared with: in each case the first that took part.
+
+    Returns:
+        The tables of the cases in which anything was measured.
+    """
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(record.job.case, []).append(record)
+    return [_table(case, found, metric=metric, better=better, baselines=baselines) for case, found in cases.items()]
+
+
+def _table(
+    case: str, records: Sequence[Record], *, metric: str, better: Literal["higher", "lower"], baselines: Sequence[str]
+) -> CaseTable:
+    problems = {
+        record.job.arm: (record.error or str(record.status)).splitlines()[0]
+        for record in records
+        if record.status is not Status.DONE
+    }
+    unsupported = {arm for arm, text in problems.items() if text.startswith("Unsupported")}
+    ranked = [record for record in records if record.job.arm not in unsupported]
+    arms = {arm: None for record in ranked for arm in record.values()}
+    against = next((arm for arm in baselines if arm in arms), min(arms, default=baselines[0]))
+    rows = leaderboard(ranked, metric=metric, better=better, baseline=against) if arms else []
+    measured = arm_rows(ranked)
+    spread = {row.arm: (row.mean, row.low, row.high) for row in measured if row.metric == metric}
+    means: dict[str, dict[str, float]] = {}
+    for row in measured:
+        means.setdefault(row.arm, {})[row.metric] = row.mean
+    return CaseTable(case, "", math.nan, rows, spread, problems, [], means, against)
 
 
 def no_faster(table: CaseTable, *, against: str = "dense", by: float = 0.05) -> list[str]:

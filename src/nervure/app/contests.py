@@ -1,0 +1,88 @@
+"""Hold a contest: entrants measured on cases whose truth is known."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+from nervure._kit import CouldNotRun
+from nervure.app.comparisons import Comparison
+from nervure.app.jobs import OnEvent, do
+from nervure.arena.contest import Contest, contest
+from nervure.report import contest_tables, leaderboard_files
+from nervure.spec import Record, Status
+
+
+def compare(
+    name: str,
+    *,
+    entrants: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    seeds: int | None = None,
+    quick: bool = False,
+    workers: int | None = None,
+    store: str | Path | None = None,
+    report: str | Path = "reports",
+    on_event: OnEvent = lambda event: None,
+) -> Comparison:
+    """Compare the entrants of a contest.
+
+    Args:
+        name: The contest, as in `nervure.arena.contest.CONTESTS`.
+        entrants: Who takes part; all when empty, the baselines always.
+        cases: The cases; all when empty.
+        seeds: Number of seeds; the contest's own when None.
+        quick: Few cases, two seeds.
+        workers: Worker processes; None takes one a core, 0 works in this process.
+        store: Where records go; None for the user's own store.
+        report: Folder for the report.
+        on_event: Called with what happens.
+
+    Returns:
+        Tables, records and report files.
+
+    Raises:
+        CouldNotRun: If nothing could be measured.
+    """
+    found = contest(name)
+    jobs = found.plan(entrants=entrants, cases=cases, seeds=seeds, quick=quick)
+    records = do(jobs, workers=workers, store=store, on_event=on_event)
+    if not any(record.status is Status.DONE for record in records):
+        error = next((record.error for record in records if record.error), "no record came back")
+        raise CouldNotRun("nothing could be measured", found=error.strip(), try_="--workers 0 for the trace")
+    words = ["nervure", "compare", name, *(["--quick"] if quick else [])]
+    words += ["--seeds", str(seeds)] if seeds is not None else []
+    words += [word for one in entrants for word in ("--entrant", one)] + [word for c in cases for word in ("--case", c)]
+    return write(found, records, Path(report), command=shlex.join(words))
+
+
+def write(found: Contest, records: Sequence[Record], folder: Path, *, command: str) -> Comparison:
+    """Write a contest's report.
+
+    Args:
+        found: The contest.
+        records: Its records.
+        folder: Where to.
+        command: The command that repeats it.
+
+    Returns:
+        Tables, records and report files.
+    """
+    better = cast(Literal["higher", "lower"], found.better)
+    tables = contest_tables(records, metric=found.metric, better=better, baselines=found.baselines)
+    seeds = len({record.job.seed for record in records})
+    warned = list(dict.fromkeys(text for record in records for text in record.warnings))
+    files = leaderboard_files(
+        tables,
+        records,
+        folder,
+        name=f"compare-{found.name}",
+        title=found.title,
+        metric=found.metric,
+        columns=found.columns,
+        protocol=" ".join([f"{seeds} seeds, paired. {found.protocol}", *(f"{text}." for text in warned)]),
+        command=command,
+    )
+    return Comparison(tables, list(records), files, found.baselines[0])
