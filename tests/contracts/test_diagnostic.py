@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from contextlib import nullcontext
 from pathlib import Path
 
+import torch
+
 from nervure import catalogue
-from nervure.core import forward
+from nervure.core import forward, rng
 from nervure.core.vectors import select
 from nervure.testing import DiagnosticContract, table
 
 TABLE = table.read(Path(__file__).with_name("expected.toml"))
 # Diagnostics that ask for eval mode, because in train mode batch normalisation mixes the samples.
-EVAL = {"hessian-spectrum", "gradient-coherence", "functional-dimension"}
+EVAL = {"hessian-spectrum", "gradient-coherence", "functional-dimension", "sgd-linear-stability"}
 
 
 def _few(model, most=60):
@@ -39,8 +42,32 @@ def _some(model):
     return {"parameters": _few(model, most=150)}
 
 
+def _near(model):
+    """Compare the model with a copy whose weights were disturbed."""
+    other, draw = copy.deepcopy(model), rng.generator("near")
+    with torch.no_grad():
+        for value in other.parameters():
+            value.add_(0.1 * torch.randn(value.shape, generator=draw))
+    return other
+
+
+def _compared(model):
+    return {"other": _near(model), "points": 3, "restarts": 0}
+
+
+def _moved(model):
+    return {"start": _near(model), "points": 3, "beyond": 0.0}
+
+
+def _matched(model):
+    return {"other": _near(model), "clusters": 2, "penalty": 0.9}
+
+
 # Method -> name of a variant -> its zoo models (None: all) and its options.
 VARIANTS = {
+    "linear-mode-connectivity": {"": (None, _compared)},
+    "linear-path": {"": (None, _moved)},
+    "convergent-learning": {"": (None, _matched)},
     "hessian-spectrum": {"": (None, _dense), "Iterative": (("twice-used",), _iterative)},
     "functional-dimension": {"": (None, _some)},
 }
