@@ -42,6 +42,7 @@ def audit(
     train: int = 0,
     budget: float = 100.0,
     only: Sequence[str] = (),
+    against: str | None = None,
     seed: int = 0,
     report: str | Path = "reports",
     on_event: OnEvent = lambda event: None,
@@ -55,6 +56,7 @@ def audit(
         train: Optimizer steps to train the network first, with Adam.
         budget: Seconds for all checks.
         only: Names of the checks to make; all when empty.
+        against: ``path.py:factory`` of another network to compare it with.
         seed: Decides everything random.
         report: Folder for the report.
         on_event: Called with progress.
@@ -89,6 +91,12 @@ def audit(
         arena.check(network, splits, name=model)
         PruneTask(splits, rate=rate or 1e-3, seed=seed, tick=lambda: None).train(network, steps=train)
         parts = {"train": (splits.train_x, splits.train_y), "test": (splits.test_x, splits.test_y)}
+    other = None
+    if against is not None:
+        if data is None:
+            raise UsageError("two networks are compared on data", expected="--data", found="none")
+        other = (against, arena.build(against, splits, seed=seed + 1))
+        arena.check(other[1], splits, name=against)
     found = examine(
         network,
         loss=cross_entropy,
@@ -97,11 +105,13 @@ def audit(
         rate=rate,
         seconds=budget,
         only=tuple(only),
+        other=other,
         seed=seed,
         progress=progress,
         **parts,
     )
     words = ["nervure", "audit", model, *(["--data", data] if data else []), "--budget", f"{budget:g}"]
+    words += ["--against", against] if against is not None else []
     words += ["--rate", f"{rate:g}"] if rate is not None else []
     words += ["--train", str(train)] if train else []
     words += [word for name in only for word in ("--only", name)] + ["--seed", str(seed)] * bool(seed)

@@ -13,6 +13,8 @@ from nervure.spec import Job, Measurement, Notes
 Progress = Callable[[float, str], None]
 CONTESTS = {
     "curvature": "nervure.arena.curvature",
+    "delayed-generalisation": "nervure.arena.delayed_generalisation",
+    "similarity": "nervure.arena.similarity",
 }
 
 
@@ -84,7 +86,6 @@ class Contest:
         columns: Further metrics -> their headings.
         measure: Measures one trial.
         version: Part of every job: a change of the measurement makes old records those of another.
-        positive: The entrant or measurement that must succeed for the table to mean anything, in words.
     """
 
     name: str
@@ -100,7 +101,6 @@ class Contest:
     measure: Callable[[Trial], None]
     columns: Mapping[str, str] = field(default_factory=dict)
     version: int = 1
-    positive: str = ""
 
     def plan(
         self, *, entrants: Sequence[str] = (), cases: Sequence[str] = (), seeds: int | None = None, quick: bool = False

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nervure._kit import NervureError, UsageError
-from nervure.audit import behaviour, landscape, layers, predictions, price
+from nervure.audit import against, behaviour, landscape, layers, predictions, price
 from nervure.audit.finding import Audit, Finding
 from nervure.audit.subject import Subject
 from nervure.core.persample import Loss
@@ -63,6 +63,7 @@ def audit(
     rate: float | None = None,
     seconds: float = 100.0,
     only: tuple[str, ...] = (),
+    other: tuple[str, nn.Module] | None = None,
     seed: int = 0,
     progress: Callable[[float, str], None] = lambda share, text: None,
 ) -> Audit:
@@ -78,6 +79,7 @@ def audit(
         rate: The learning rate the network is trained with.
         seconds: Budget, at least 1; samples are as many as it pays for.
         only: Names of the checks to make; all when empty.
+        other: Name and network to compare it with; needs data.
         seed: Decides everything random.
         progress: Called with the share done and the name of the next check.
 
@@ -85,7 +87,7 @@ def audit(
         The findings.
 
     Raises:
-        UsageError: If there is no such check or no budget.
+        UsageError: If there is no such check, no budget, or no data to compare networks on.
 
     Examples:
         >>> x, y = torch.randn(80, 4), torch.randint(2, (80,))
@@ -98,6 +100,8 @@ def audit(
     if unknown or seconds < 1:
         expected = f"checks among {', '.join(known)}; a budget of a second or more"
         raise UsageError("the audit cannot be made so", expected=expected, found=f"{unknown}, {seconds} s")
+    if other is not None and train is None:
+        raise UsageError("two networks are compared on data", expected="data", found="none", try_="--data")
     probe = Probe(model, train, loss=loss, seconds=seconds, seed=seed) if train is not None else None
     subject = Subject(
         model, name=name, probe=probe, test=test if test is not None else train, data=data, rate=rate, seed=seed
@@ -111,8 +115,27 @@ def audit(
         if found is not None:
             findings.append(found)
         spent[check.name] = time.monotonic() - began
+    if other is not None and train is not None:
+        began = time.monotonic()
+        progress(1 - 1 / (len(chosen) + 1), f"against {other[0]}")
+        second = against.probe_of(other[1], subject, train)
+        findings += _compared(subject, second)
+        spent |= dict.fromkeys(("answers", "similarity", "barrier"), (time.monotonic() - began) / 3)
     notes = probe.notes if probe is not None else ("Without data only the weights were looked at: give --data.",)
     return Audit(name, data, tuple(findings), tuple(notes), spent)
+
+
+def _compared(subject: Subject, other: Probe) -> list[Finding]:
+    """Return what the comparison of two networks found, or why it could not."""
+    made = [_made(Check("answers", lambda one: against.answers(one, other)), subject)]
+    try:
+        return [one for one in made if one is not None] + against.layers_and_line(subject, other)
+    except NervureError as error:
+        told = str(error).splitlines()[0]
+        return [
+            *(one for one in made if one is not None),
+            Finding(check="barrier", level="cannot tell", measured=told, meaning=""),
+        ]
 
 
 def _made(check: Check, subject: Subject) -> Finding | None:

@@ -29,6 +29,7 @@ def audit(
     train: int = 0,
     budget: float = 100.0,
     only: Annotated[list[str] | None, Parameter(negative="")] = None,
+    against: str | None = None,
     fail_on: Level = "problem",
     report: Path = Path("reports"),
     seed: int = 0,
@@ -44,6 +45,7 @@ def audit(
         train: Optimizer steps to train the network first.
         budget: Seconds for all checks; samples are as many as that pays for.
         only: Make these checks alone.
+        against: path.py:factory of another network: answers, layers and the line between the two.
         fail_on: Exit with 1 on findings of this level or worse.
         report: Folder for the report.
         seed: Decides everything random.
@@ -62,6 +64,7 @@ def audit(
             train=train,
             budget=budget,
             only=only or (),
+            against=against,
             seed=seed,
             report=report,
             on_event=on_event,

@@ -73,6 +73,8 @@ def _command(name: str) -> Callable[..., int]:
 
 
 curvature = _command("curvature")
+delayed_generalisation = _command("delayed-generalisation")
+similarity = _command("similarity")
 
 
 def _print_tables(found: Comparison) -> None:

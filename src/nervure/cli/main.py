@@ -35,7 +35,11 @@ for _name, _where, _help in (
     app.command(f"nervure.cli.{_where}", name=_name, help=_help)
 compare = cyclopts.App(name="compare", help="Compare the methods of a family, at equal budget.")
 compare.command("nervure.cli.running:compare_prune", name="prune", help="Compare pruning methods.")
-for _name, _help in (("curvature", "Compare estimators of eigenvalues, trace and density with the exact spectrum."),):
+for _name, _help in (
+    ("curvature", "Compare estimators of eigenvalues, trace and density with the exact spectrum."),
+    ("delayed-generalisation", "Compare optimizers and regularisers by the time until a network generalises."),
+    ("similarity", "Compare measures of similarity on representations whose order is known."),
+):
     compare.command(f"nervure.cli.contests:{_name.replace('-', '_')}", name=_name, help=_help)
 app.command(compare)
 

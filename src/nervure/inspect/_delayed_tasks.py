@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nervure._kit import UnknownId
 from nervure.core.group_tables import symmetric
-from nervure.inspect._delayed import Penalty, Task, Times, quadratic_mlp, squared_loss, table_task, train
+from nervure.inspect._delayed import Penalty, Task, Times, quadratic_mlp, shuffled, squared_loss, table_task, train
 from nervure.inspect.grokking import operation
 from nervure.inspect.grokking_lazy_rich import quadratic_regression
 from nervure.inspect.streaming_parity import stream_task
@@ -24,6 +24,11 @@ def _s4(seed: object) -> Task:
 
 def _words(seed: object) -> Task:
     return table_task(symmetric(4).word("abA"), 0.8, seed=seed, name="words")
+
+
+def _random(seed: object) -> Task:
+    """The control: a table of no rule, on which nothing can generalise."""
+    return table_task(shuffled(symmetric(4).table, seed), 0.8, seed=seed, name="random table")
 
 
 def _addition(seed: object) -> Task:
@@ -42,6 +47,7 @@ TASKS: Mapping[str, Callable[[object], Task]] = {
     "words": _words,
     "streaming-parity": stream_task,
     "polynomial": _polynomial,
+    "random table": _random,
 }
 # Samples of a step where all of them are too many; None is all.
 BATCHES: Mapping[str, int | None] = {"streaming-parity": 256}
