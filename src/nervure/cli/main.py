@@ -28,6 +28,7 @@ for _name, _where, _help in (
     ("show", "finding:show", "Show one paper's card: what it says and what it claims."),
     ("run", "running:run", "Check a paper's claim here: holds, does not hold, or inconclusive."),
     ("audit", "auditing:audit", "Examine your network: what is its state, and which methods would help?"),
+    ("landscape", "landscapes:landscape", "Draw the loss around your network, between networks, or along a run."),
     ("prune", "pruning:prune", "Make your network smaller: prune, fine-tune, verify, report, write."),
     ("export", "running:export", "Write a verdict or leaderboard with its raw records as JSON, CSV and HTML."),
     ("data", "running:data", "Bring a data set into the cache and say what it holds."),
