@@ -14,6 +14,7 @@ Progress = Callable[[float, str], None]
 CONTESTS = {
     "curvature": "nervure.arena.curvature",
     "delayed-generalisation": "nervure.arena.delayed_generalisation",
+    "generalisation-measures": "nervure.arena.generalisation_measures",
     "similarity": "nervure.arena.similarity",
 }
 

@@ -74,6 +74,7 @@ def _command(name: str) -> Callable[..., int]:
 
 curvature = _command("curvature")
 delayed_generalisation = _command("delayed-generalisation")
+generalisation_measures = _command("generalisation-measures")
 similarity = _command("similarity")
 
 

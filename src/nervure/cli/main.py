@@ -39,6 +39,7 @@ compare.command("nervure.cli.running:compare_prune", name="prune", help="Compare
 for _name, _help in (
     ("curvature", "Compare estimators of eigenvalues, trace and density with the exact spectrum."),
     ("delayed-generalisation", "Compare optimizers and regularisers by the time until a network generalises."),
+    ("generalisation-measures", "Compare numbers taken on the training data by how well they foretell the test gap."),
     ("similarity", "Compare measures of similarity on representations whose order is known."),
 ):
     compare.command(f"nervure.cli.contests:{_name.replace('-', '_')}", name=_name, help=_help)
