@@ -92,6 +92,8 @@ def test_a_large_network_is_only_looked_at_for_silent_parameters():
     assert found.dimension is None
     assert found.deficit is None
     assert found.silent["0.bias"] >= 1
+    small = local_dimension(model, _batch(20, 3, scale=3.0), most=10_000)
+    assert (small.silent, small.rows) == (found.silent, found.rows)
     with pytest.raises(UsageError, match="out of range"):
         local_dimension(model, _batch(20, 3), most=0)
 

@@ -76,7 +76,7 @@ def modes(subject: Subject) -> Finding:
         The finding.
     """
     model = subject.probe.model
-    inputs, targets = subject.probe.first(128)
+    inputs, targets = subject.probe.first(64)
     found: dict[str, Tensor] = {}
     for name, train in (("eval", False), ("train", True)):
         with torch.no_grad(), undisturbed(model), torch.no_grad():

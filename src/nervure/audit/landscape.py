@@ -10,11 +10,12 @@ from nervure.core.operators import hessian
 from nervure.inspect.functional_dimension import local_dimension
 from nervure.inspect.gradient_coherence import m_coherence
 
-PRODUCTS, PROBES = 30, 12
+PRODUCTS, PROBES = 20, 6
+RANKED = 1500
 
 
 def curvature(subject: Subject) -> Finding:
-    """Measure the largest eigenvalue of the Hessian against 2 / learning rate, on the whole and on two halves.
+    """Measure the largest eigenvalue of the Hessian against 2 / learning rate, on two batches.
 
     Args:
         subject: The network and its data.
@@ -23,33 +24,31 @@ def curvature(subject: Subject) -> Finding:
         The finding.
     """
     probe = subject.probe
-    # A product costs about two gradients; both halves together cost as much as the whole.
-    inputs, targets = probe.batch(gradients=2 * (2 * PRODUCTS + PROBES), share=0.35, most=1024)
-    found, spread = [], None
+    # A product costs about two gradients.
+    inputs, targets = probe.batch(gradients=2 * (PRODUCTS + PROBES), share=0.35, most=1024)
     half = len(targets) // 2
+    found = []
     with probe.untouched("curvature"):
-        for part in (slice(0, None), slice(0, half), slice(half, None)):
+        whole = hessian(probe.model, (inputs, targets), probe.loss, parameters=probe.parameters)
+        spread = trace(whole, products=PROBES, method="hutchinson", seed=subject.seed)
+        for part in (slice(0, half), slice(half, None)):
             batch = (take(inputs, part), targets[part])
             operator = hessian(probe.model, batch, probe.loss, parameters=probe.parameters)
-            found.append(eigenpairs(operator, 1, which="largest", tolerance=1e-2, limit=PRODUCTS, seed=subject.seed))
-            if part.stop is None and part.start == 0:
-                spread = trace(operator, products=PROBES, seed=subject.seed)
-    assert spread is not None
-    top, *halves = (float(one.values[0]) for one in found)
+            found.append(eigenpairs(operator, 1, which="largest", tolerance=2e-2, limit=PRODUCTS, seed=subject.seed))
+    low, high = sorted(float(one.values[0]) for one in found)
+    top = (low + high) / 2
     largest_rate = 2 / top if top > 0 else float("inf")
-    sure = all(bool(one.converged.all()) for one in found)
     measured = (
-        f"largest eigenvalue {top:.4g} on {len(targets)} samples ({min(halves):.4g} and {max(halves):.4g} on their "
-        f"halves), trace {spread.value:.4g} [{spread.low:.4g}, {spread.high:.4g}]"
+        f"largest eigenvalue {low:.4g} and {high:.4g} on two batches of {half} training samples, trace "
+        f"{spread.value:.4g} [{spread.low:.4g}, {spread.high:.4g}]"
     )
-    values = {"eigenvalue": top, "low_half": min(halves), "high_half": max(halves), "trace": spread.value}
-    if not sure:
+    values = {"eigenvalue": top, "low": low, "high": high, "trace": spread.value}
+    if not all(bool(one.converged.all()) for one in found):
         return Finding(
             check="curvature",
             level="cannot tell",
             measured=f"{PRODUCTS} products were too few for the largest eigenvalue to converge",
             meaning="A value without a proof of convergence is not given.",
-            values={},
         )
     remedy = Remedy("hessian-spectrum", "Look at the spectrum layer by layer.", "nervure show hessian-spectrum")
     if subject.rate is None:
@@ -62,7 +61,7 @@ def curvature(subject: Subject) -> Finding:
             remedy=remedy,
             values=values,
         )
-    over = top > 2 / subject.rate
+    over = low > 2 / subject.rate
     values["edge"] = 2 / subject.rate
     return Finding(
         check="curvature",
@@ -131,10 +130,10 @@ def dimension(subject: Subject) -> Finding:
     """
     probe = subject.probe
     size = sum(value.numel() for name, value in probe.model.named_parameters() if name in set(probe.parameters))
-    outputs = subject.scores[0].shape[1]
-    # In double precision, one pass for every output, of which one in three is the forward.
-    batch = probe.batch(gradients=4.0 * outputs, share=0.1, most=64 if size > 1500 else 512)
-    found = probe.run(local_dimension, batch)
+    # The rank takes a pass in double precision for every output; without it one pass does for all.
+    passes = 2.0 if size > RANKED else 4.0 * subject.scores[0].shape[1]
+    batch = probe.batch(gradients=passes, share=0.1)
+    found = probe.run(local_dimension, batch, most=RANKED)
     silent = sum(found.silent.values())
     values = {"silent": float(silent), "parameters": float(found.parameters)}
     measured = f"on {len(batch[1])} samples no output depends on {silent:,} of {found.parameters:,} parameters"

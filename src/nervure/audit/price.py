@@ -17,7 +17,7 @@ from nervure.core import allocate, forward, masks, modules, scores
 from nervure.core.cost import cost
 from nervure.core.taps import hooked
 
-DENSITIES = (0.5, 0.2, 0.1, 0.05)
+DENSITIES = (0.5, 0.2, 0.1)
 
 
 def price(subject: Subject) -> Finding:
@@ -109,7 +109,7 @@ def prunability(subject: Subject) -> Finding:
     for density in DENSITIES:
         small = copy.deepcopy(subject.probe.model)
         masks.attach(small, allocate.globally(worth, allocate.whole(weights), density=density))
-        left[density] = share(right(small), len(y))
+        left[density] = share(right(masks.baked(small)), len(y))
     known = share(base, len(y))
     kept = [density for density, (found, _, _) in left.items() if found >= known[0] - 0.02]
     told = ", ".join(f"{density:.0%}: {found:.1%}" for density, (found, _, _) in left.items())

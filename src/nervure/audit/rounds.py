@@ -43,12 +43,12 @@ CHECKS: tuple[Check, ...] = (
     Check("dead units", layers.dead_units),
     Check("redundant units", layers.redundant_units),
     Check("signals", layers.signals),
-    Check("price", price.price),
-    Check("prunability", price.prunability),
-    Check("one-pixel shifts", predictions.one_pixel),
     Check("coherence", landscape.coherence),
     Check("functional dimension", landscape.dimension),
     Check("curvature", landscape.curvature),
+    Check("price", price.price),
+    Check("one-pixel shifts", predictions.one_pixel),
+    Check("prunability", price.prunability),
 )
 
 

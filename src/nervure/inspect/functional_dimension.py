@@ -7,15 +7,16 @@ import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nervure._kit import UsageError
 from nervure.core.forward import batch_size, take, tree_map
-from nervure.core.graph import as_batches
+from nervure.core.graph import Stage, as_batches
 from nervure.core.jacobian import Engine, expand
-from nervure.core.vectors import select
+from nervure.core.vectors import select, unflatten
 from nervure.spec import Batch, Card, Check, Ctx, claim
 
 CARD = Card(
@@ -114,7 +115,7 @@ def local_dimension(
         parameters: Names or prefixes; None takes all that require a gradient.
         symmetries: Directions known to be lost, such as one for each hidden ReLU unit, at least 0.
         most: Most parameters for which the rank is computed; time grows with their cube.
-        seed: Without effect.
+        seed: Draws the weights of the outputs, where no rank is computed.
 
     Returns:
         The report.
@@ -134,6 +135,8 @@ def local_dimension(
     chosen = select(wide, parameters)
     every = [tree_map(_wide, inputs) for inputs, _ in as_batches(batches)]
     size = sum(value.numel() for value in chosen.values())
+    if size > most:
+        return _silent_only(wide, every, parameters, symmetries, seed)
     engine = Engine(wide, every[0], parameters, method="functional dimension")
     used = {name: torch.zeros(value.numel(), dtype=torch.bool) for name, value in chosen.items()}
     factors: list[Tensor] = []
@@ -147,15 +150,37 @@ def local_dimension(
             rows += next(iter(part.values())).shape[0]
             for name, value in part.items():
                 used[name] |= (value != 0).any(0).cpu()
-            if size <= most:
-                factors.append(torch.cat([part[name] for name in chosen], 1))
+            factors.append(torch.cat([part[name] for name in chosen], 1))
     silent = {name: int((~one).sum()) for name, one in used.items() if not bool(one.all())}
-    if size > most:
-        return FunctionalDimension(None, None, size, symmetries, rows, torch.zeros(0), silent)
     whole = torch.cat(factors)
     dimension, values = _rank(whole)
     half = _rank(whole[: max(1, len(whole) // 2)])[0]
     return FunctionalDimension(dimension, half, size, symmetries, rows, values, silent)
+
+
+def _silent_only(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    parameters: Iterable[str] | None,
+    symmetries: int,
+    seed: int,
+) -> FunctionalDimension:
+    """Count the parameters no output depends on: with random weights for all outputs their one gradient is zero."""
+    draw = torch.Generator().manual_seed(seed)
+    stage = Stage(
+        model, [(one, torch.zeros(1)) for one in inputs], parameters=parameters, method="functional dimension"
+    )
+    used = torch.zeros(stage.size, dtype=torch.bool)
+    rows = 0
+    with stage.ready():
+        for one in inputs:
+            graph = stage.graph(one)
+            weights = torch.randn(graph.output.shape, generator=draw, dtype=torch.float64).to(graph.output.device)
+            used |= (graph.pull(graph.output, weights) != 0).cpu()
+            rows += graph.output.numel()
+    found = unflatten(used, stage.parameters)
+    silent = {name: int((~one).sum()) for name, one in found.items() if not bool(one.all())}
+    return FunctionalDimension(None, None, stage.size, symmetries, rows, torch.zeros(0), silent)
 
 
 def _wide(value: Tensor) -> Tensor:
