@@ -90,6 +90,7 @@ def audit(
         UsageError: If there is no such check, no budget, or no data to compare networks on.
 
     Examples:
+        >>> import torch
         >>> x, y = torch.randn(80, 4), torch.randint(2, (80,))
         >>> found = audit(nn.Linear(4, 2), loss=nn.functional.cross_entropy, train=(x, y), only=("determinism",))
         >>> found.findings[0].level
