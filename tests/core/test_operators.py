@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call, jacrev
 
-from nervure._kit import BadData, NotDeterministic, Unsupported, UsageError
+from nervure._kit import BadData, NervureError, NotDeterministic, Unsupported, UsageError
 from nervure.core import operators
+from nervure.core.operators import hessian
+from nervure.core.persample import PerSample
 from nervure.core.vectors import flatten, select, unflatten
 
 
@@ -159,3 +161,34 @@ def test_leaves_the_model_alone():
     assert not model.head.bias.requires_grad
     assert model.a.weight.requires_grad
     assert all(value.grad is None for value in model.parameters())
+
+
+def _bad(kind):
+    model, x, y = nn.Linear(4, 2), torch.randn(8, 4), torch.randint(2, (8,))
+    loss = F.cross_entropy
+    if kind == "vector":
+        loss = lambda output, target: F.cross_entropy(output, target, reduction="none")  # noqa: E731
+    elif kind == "nan":
+        x = x * float("nan")
+    elif kind == "half":
+        model, x = model.bfloat16(), x.bfloat16()
+    else:
+        model.extra = nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    return model, (x, y), loss
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("vector", "not one number"), ("nan", "not finite"), ("half", "half precision"), ("complex", "is complex")],
+)
+def test_bad_losses_and_precisions_are_refused(kind, told):
+    model, batch, loss = _bad(kind)
+    with pytest.raises(NervureError, match=told):
+        hessian(model, batch, loss)
+
+
+@pytest.mark.parametrize(("kind", "told"), [("nan", "not finite"), ("complex", "is complex")])
+def test_bad_outputs_and_parameters_have_no_gradient_by_sample(kind, told):
+    model, batch, loss = _bad(kind)
+    with pytest.raises(NervureError, match=told):
+        PerSample(model, batch, loss)

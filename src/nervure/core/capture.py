@@ -166,6 +166,22 @@ def refuse_batch_statistics(model: nn.Module, method: str) -> None:
             )
 
 
+def refuse_complex(model: nn.Module, chosen: Mapping[str, nn.Parameter], method: str) -> None:
+    """Refuse complex parameters, whose derivatives are none of real numbers.
+
+    Args:
+        model: The model.
+        chosen: The parameters to differentiate.
+        method: Who asks.
+
+    Raises:
+        Unsupported: If one is complex.
+    """
+    found = [name for name, value in chosen.items() if value.is_complex()]
+    if found:
+        raise Unsupported(method, model, why=f"{found[0]} is complex", try_="real and imaginary parts as parameters")
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Switch gradients on, and give buffers and global generators back as they were, also after an exception.

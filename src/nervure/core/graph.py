@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nervure._kit import BadData
-from nervure.core.capture import refuse_batch_statistics, require_samples, undisturbed, without_draws
+from nervure.core.capture import refuse_batch_statistics, refuse_complex, require_samples, undisturbed, without_draws
 from nervure.core.forward import batch_size, outputs
 from nervure.core.vectors import flatten, only, select
 from nervure.spec import Batch
@@ -138,6 +138,7 @@ class Stage:
         if not self.batches:
             raise BadData("there is no batch", expected="at least one (inputs, targets)")
         self.parameters = select(model, parameters)
+        refuse_complex(model, self.parameters, method)
         self.samples = sum(batch_size(inputs) for inputs, _ in self.batches)
         first = next(iter(self.parameters.values()))
         self.size = sum(value.numel() for value in self.parameters.values())

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nervure._kit import Unsupported
+from nervure._kit import BadData, Unsupported
 from nervure.core.capture import (
     Call,
     Recording,
     explained,
     record,
     refuse_batch_statistics,
+    refuse_complex,
     require_samples,
     undisturbed,
     without_draws,
@@ -94,7 +95,8 @@ class Engine:
         method: Who asks, for error messages.
 
     Raises:
-        Unsupported: If the model mixes its samples or draws random numbers.
+        BadData: If an output is not finite.
+        Unsupported: If the model mixes its samples or draws random numbers, or a parameter is complex.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Engine:
         refuse_batch_statistics(model, method)
         self.model, self.method = model, method
         self.chosen = select(model, names)
+        refuse_complex(model, self.chosen, method)
         self.closed: frozenset[str] = frozenset()
         self.mapped: frozenset[str] = frozenset()
         probe = take(inputs, slice(0, PROBE))
@@ -126,6 +129,8 @@ class Engine:
         count = batch_size(probe)
         require_samples(recording.output, count)
         output = recording.output.detach()
+        if not bool(output.isfinite().all()):
+            raise BadData("the outputs are not finite", found="NaN or infinity", try_="looking at inputs and weights")
         self.outputs = output[0].numel()
         draw = torch.randn(output.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         cotangent = draw.to(output)[None]

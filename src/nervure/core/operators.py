@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from nervure._kit import NotDeterministic, UsageError
+from nervure._kit import BadData, NotDeterministic, Unsupported, UsageError
 from nervure.core.capture import undisturbed
 from nervure.core.forward import batch_size, outputs
 from nervure.core.graph import Graph, Multiply, Stage, as_batches
@@ -35,7 +35,8 @@ class Operator(Stage):
         parameters: Names or prefixes; None takes all that require a gradient.
 
     Raises:
-        BadData: If there is no batch.
+        BadData: If there is no batch, or the loss is not one finite number.
+        Unsupported: If parameters are complex or of half precision.
         NotDeterministic: If the loss of one batch differs between two calls.
     """
 
@@ -51,8 +52,17 @@ class Operator(Stage):
         super().__init__(model, batches, parameters=parameters)
         self.loss, self.build = loss, build
         self.products = 0
+        if self.dtype in (torch.float16, torch.bfloat16):
+            why = "half precision has too few digits for curvature"
+            raise Unsupported("curvature operators", model, why=why, try_="model.float(), or dtype=torch.float32")
         with self.ready():
             once, again = (self._loss_of(self.batches[0]) for _ in range(2))
+            if once.ndim:
+                raise BadData(
+                    "the loss is not one number", expected="a scalar", found=tuple(once.shape), try_=".mean()"
+                )
+            if not bool(once.isfinite()):
+                raise BadData("the loss is not finite", found=float(once), try_="looking at inputs and weights")
             if not torch.equal(once, again):
                 raise NotDeterministic("the loss of one batch differs between two calls", expected=once, found=again)
             self._kept = self._multiply(self.batches[0]) if len(self.batches) == 1 else None
