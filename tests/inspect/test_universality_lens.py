@@ -74,7 +74,7 @@ def test_a_network_that_does_not_feel_noise_has_all_the_mass_and_a_fragile_one_l
     easy, hard = (prior_mass(net, (x, torch.zeros(60)), scale=0.1) for net in (flat, sharp))
     assert easy.bound == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-9))
     assert easy.verdict == "ok"
-    assert hard.bound[0] > 10
+    assert hard.bound[0] > 1
     assert float(hard.divergences[0]) >= 0
     by_scale = [float(prior_mass(sharp, (x, None), scale=scale).divergences.median()) for scale in (0.01, 0.1)]
     assert by_scale[0] < by_scale[1]
