@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from nervure import catalogue
 from nervure.core import forward, rng
@@ -16,7 +17,16 @@ from nervure.testing import DiagnosticContract, table
 
 TABLE = table.read(Path(__file__).with_name("expected.toml"))
 # Diagnostics that ask for eval mode, because in train mode batch normalisation mixes the samples.
-EVAL = {"hessian-spectrum", "gradient-coherence", "functional-dimension", "sgd-linear-stability"}
+EVAL = {
+    "hessian-spectrum",
+    "gradient-coherence",
+    "functional-dimension",
+    "sgd-linear-stability",
+    "opposing-signals",
+    "flatness-not-sufficient",
+    "effective-model-complexity",
+    "no-tight-bounds",
+}
 
 
 def _few(model, most=60):
@@ -40,6 +50,16 @@ def _iterative(model):
 
 def _some(model):
     return {"parameters": _few(model, most=150)}
+
+
+def _short(model):
+    return {"epochs": 1, "rounds": 1, "start": 4, "parameters": _few(model, most=150)}
+
+
+def _coordinates(model):
+    """Score by the loss, which tells any two models apart."""
+    score = lambda out, y: -float(F.cross_entropy(out.flatten(0, -2), y.flatten()))  # noqa: E731
+    return {"start": 2, "most": 4, "steps": 1, "score": score, "goal": 0.0}
 
 
 def _near(model):
@@ -70,6 +90,13 @@ VARIANTS = {
     "convergent-learning": {"": (None, _matched)},
     "hessian-spectrum": {"": (None, _dense), "Iterative": (("twice-used",), _iterative)},
     "functional-dimension": {"": (None, _some)},
+    "information-plane": {"": (None, lambda model: {"bins": 30, "noise": 1.0})},
+    "opposing-signals": {"": (None, lambda model: {"steps": 3, "learning_rate": 0.5})},
+    "flatness-not-sufficient": {"": (None, lambda model: {"products": 9})},
+    "no-tight-bounds": {"": (None, lambda model: {"draws": 1})},
+    "effective-model-complexity": {"": (None, _short)},
+    "intrinsic-dimension": {"": (None, _coordinates)},
+    "sgd-linear-stability": {"": (None, lambda model: {"exact_below": 20})},
 }
 
 
