@@ -41,6 +41,7 @@ CARD = Card(
         "The mean-field equations, the experiments on MNIST and the transformer are not in the claim.",
         "Changes of weights, of the kernel and of every layer's features are reported together: an aligned kernel "
         "alone does not tell a lazy run from a rich one.",
+        "The step of 4 N / alpha^2 is that of the times measured in a pilot.",
     ),
     verified=(
         "The kernel of the polynomial network against its closed form and torch.func Jacobians, to 1e-10.",

@@ -36,6 +36,8 @@ CARD = Card(
         "A pair of conjugate representations counts as one real one.",
         "Key representations are the fewest that make up 95% of the energy along characters.",
         "The claim is about S4 in a network of one hidden layer; S5, S6, A5 and transformers are not in it.",
+        "A bound of ours on taking random parts out became a comparison with them after a rehearsal (0.86 against "
+        "0.9).",
     ),
     verified=(
         "Characters and matrices to 1e-10 by orthogonality; a network built of exact matrices has a share of 1.",

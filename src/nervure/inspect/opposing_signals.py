@@ -41,6 +41,7 @@ CARD = Card(
     deviations=(
         "Gradients and eigenvector are taken just before the spike, where they oppose most clearly, and once more just "
         "after it; the paper's exact choice is not known here, nor how many samples make a group.",
+        "The first weights follow torch's law, as another one started beyond the edge of stability in a rehearsal.",
     ),
     verified=(
         "Losses of every step against those of the weights of that step; sharpness against the dense Hessian.",

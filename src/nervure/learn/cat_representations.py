@@ -35,6 +35,8 @@ CARD = Card(
     deviations=(
         "The claim's networks are small MLPs and its new task five other classes of the same data set.",
         "Fine-tuning and self-supervised networks are left to the user: a Concat is a module like any other.",
+        "Features are 16 wide, set after a rehearsal at 64 in which one network reached 0.834, four 0.851 and the "
+        "wide one 0.838: how much is gained depends on that width.",
     ),
     verified=(
         "Features equal the inputs of each zoo model's last linear layer; a network concatenated with itself gives the "
