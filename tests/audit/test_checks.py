@@ -218,6 +218,40 @@ def test_functional_dimension_and_prunability(healthy):
     assert look(sparse, "prunability").values["accuracy_at_0.5"] == look(sparse, "prunability").values["accuracy"]
 
 
+def test_lost_classes_and_features_that_decide_alone(healthy):
+    assert look(healthy, "collapse").level in ("ok", "note")
+
+    class Merges(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(10, 10)
+
+        def forward(self, x):
+            rows = F.one_hot(x[:, 0].long(), 10).float()
+            return self.head(rows + rows[:, [0, 1, 2, 7, 4, 5, 6, 3, 8, 9]])
+
+    y = torch.arange(10).repeat(40)
+    tables = (torch.stack([y.float(), torch.zeros(400)], 1), y)
+    found = look(Merges(), "collapse", train=tables, test=tables)
+    assert found.level == "problem"
+    assert "3" in found.measured.rpartition("lost:")[2]
+    first = nn.Sequential(nn.Linear(6, 2))
+    first[0].weight.data = torch.tensor([[4.0, 0, 0, 0, 0, 0], [-4, 0, 0, 0, 0, 0]])
+    x = torch.randn(500, 6, generator=torch.Generator().manual_seed(0))
+    table = (x, (x[:, 0] < 0).long())
+    found = look(first, "feature groups", train=table, test=table)
+    assert found.level == "warning"
+    assert "column 0" in found.meaning
+    assert look(healthy, "feature groups").level == "ok"
+
+
+def test_classes_that_overlap_are_named(healthy):
+    assert look(healthy, "separability").values["mean"] > 0
+    noise = (torch.randn(TEST[0].shape, generator=torch.Generator().manual_seed(0)), TEST[1])
+    assert look(healthy, "separability", test=noise).level in ("note", "cannot tell")
+    assert look(healthy, "separability", test=noise).values["mean"] > look(healthy, "separability").values["mean"]
+
+
 def test_price_counts_every_layer(healthy):
     found = look(healthy, "price")
     assert set(found.layers) == {"conv", "norm", "inner", "hidden", "head"}
@@ -236,7 +270,16 @@ def test_every_zoo_model_is_examined_and_left_alone(name):
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     lost = {one.check: one.measured for one in found.findings if one.level == "cannot tell"}
-    assert set(lost) <= {"coherence", "curvature", "filters", "dead units", "redundant units"}, lost
+    assert set(lost) <= {
+        "coherence",
+        "curvature",
+        "filters",
+        "dead units",
+        "redundant units",
+        "collapse",
+        "separability",
+        "feature groups",
+    }, lost
     assert not any("bug" in text for text in lost.values())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nervure._kit import NervureError, UsageError
-from nervure.audit import against, behaviour, landscape, layers, predictions, price
+from nervure.audit import against, behaviour, classes, landscape, layers, predictions, price
 from nervure.audit.finding import Audit, Finding
 from nervure.audit.subject import Subject
 from nervure.core.persample import Loss
@@ -43,6 +43,9 @@ CHECKS: tuple[Check, ...] = (
     Check("dead units", layers.dead_units),
     Check("redundant units", layers.redundant_units),
     Check("signals", layers.signals),
+    Check("collapse", classes.collapse),
+    Check("separability", classes.separability),
+    Check("feature groups", classes.feature_groups),
     Check("coherence", landscape.coherence),
     Check("functional dimension", landscape.dimension),
     Check("curvature", landscape.curvature),
