@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from nervure.arena import delayed_generalisation, generalisation_measures, measure, similarity
+from nervure.arena import delayed_generalisation, generalisation_measures, measure, shortcut_fixes, similarity
+from nervure.arena.contest import Trial
 from nervure.arena.generalisation_measures import Trained, granulated
+from nervure.learn.shortcut_fixes import FIXES
 from nervure.spec import Notes
 
 
@@ -89,3 +91,21 @@ def test_nobody_generalises_on_a_random_table_and_decay_does_on_addition():
     found = trial(delayed_generalisation.CONTEST, "addition", entrants=entrants)
     assert found["adamw, strong decay", "generalised"] == 1
     assert found["adamw, strong decay", "time"] < 1
+
+
+def test_a_shortcut_costs_the_worst_group_and_all_remedies_take_part():
+    found = trial(shortcut_fixes.CONTEST, "slabs", quick=True)
+    assert {arm for arm, _ in found} == set(FIXES)
+    assert found["erm", "clean"] > 0.9
+    assert found["erm", "worst"] < 0.8
+
+
+def test_the_groups_of_two_colours_are_all_four_and_moons_overlap():
+    one = Trial("two colours", 0, (), False, lambda share, text: None, Notes())
+    made = shortcut_fixes._colours(one)
+    assert len(made.groups) == 4
+    assert min(len(y) for _, y in made.groups.values()) > 300
+    assert float(made.train[0].amin()) >= 0
+    moons = shortcut_fixes._moons(one)
+    line = (moons.train[0][:, 0] > moons.train[0][:, 0].median()).long()
+    assert max(float((line == moons.train[1]).double().mean()), float((line != moons.train[1]).double().mean())) > 0.97

@@ -15,6 +15,7 @@ CONTESTS = {
     "curvature": "nervure.arena.curvature",
     "delayed-generalisation": "nervure.arena.delayed_generalisation",
     "generalisation-measures": "nervure.arena.generalisation_measures",
+    "shortcut-fixes": "nervure.arena.shortcut_fixes",
     "similarity": "nervure.arena.similarity",
 }
 

@@ -75,6 +75,7 @@ def _command(name: str) -> Callable[..., int]:
 curvature = _command("curvature")
 delayed_generalisation = _command("delayed-generalisation")
 generalisation_measures = _command("generalisation-measures")
+shortcut_fixes = _command("shortcut-fixes")
 similarity = _command("similarity")
 
 

@@ -40,6 +40,7 @@ for _name, _help in (
     ("curvature", "Compare estimators of eigenvalues, trace and density with the exact spectrum."),
     ("delayed-generalisation", "Compare optimizers and regularisers by the time until a network generalises."),
     ("generalisation-measures", "Compare numbers taken on the training data by how well they foretell the test gap."),
+    ("shortcut-fixes", "Compare remedies against shortcuts by their worst group, at equal gradient evaluations."),
     ("similarity", "Compare measures of similarity on representations whose order is known."),
 ):
     compare.command(f"nervure.cli.contests:{_name.replace('-', '_')}", name=_name, help=_help)
