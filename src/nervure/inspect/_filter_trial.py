@@ -21,9 +21,11 @@ class Narrow(nn.Module):
         self.conv2 = nn.Conv2d(widths[0], widths[1], 3, padding=1)
         self.conv3 = nn.Conv2d(widths[1], widths[2], 3, padding=1)
         self.head = nn.Linear(widths[2], 10)
-        for module in (self.conv1, self.conv2, self.conv3, self.head):
-            nn.init.kaiming_normal_(module.weight, generator=draw)
-            nn.init.zeros_(module.bias)
+        for value in self.parameters():
+            if value.ndim > 1:
+                nn.init.kaiming_normal_(value, generator=draw)
+            else:
+                nn.init.zeros_(value)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.conv1(x).relu(), 2)
