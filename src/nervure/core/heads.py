@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nervure._kit import Unsupported
+from nervure._kit import BadData, Unsupported
 from nervure.core import forward
 
 
@@ -61,10 +61,13 @@ def head(model: nn.Module, inputs: Any, *, method: str) -> Head:
         Features, weights and scores.
 
     Raises:
+        BadData: If the outputs are not finite.
         Unsupported: If the network's outputs are not those of a linear layer.
     """
     with forward.mode(model, train=False), torch.no_grad(), _Linear() as seen:
         scores = forward.outputs(model, inputs)
+    if not bool(scores.isfinite().all()):
+        raise BadData("the network's outputs are not finite", found="NaN or infinity", try_="an earlier checkpoint")
     for features, weight, bias, made in reversed(seen.calls):
         if made.shape == scores.shape and torch.equal(made, scores):
             rows, classes = features.reshape(-1, features.shape[-1]), len(weight)
