@@ -283,6 +283,19 @@ def test_every_zoo_model_is_examined_and_left_alone(name):
     assert not any("bug" in text for text in lost.values())
 
 
+def test_a_forward_that_fails_in_one_check_does_not_lose_the_others():
+    class Fails(Net):
+        def forward(self, x):
+            if self.training:
+                raise ValueError("no training here")
+            return super().forward(x)
+
+    found = audit(Fails().eval(), loss=cross_entropy, train=TRAIN, test=TEST, only=("modes", "accuracy"))
+    told = {one.check: one for one in found.findings}
+    assert (told["modes"].level, told["modes"].measured) == ("cannot tell", "ValueError: no training here")
+    assert told["accuracy"].level == "problem"
+
+
 def test_a_network_too_large_for_the_budget_is_told_what_it_would_take():
     layers = (nn.Linear(64, 6000), nn.ReLU(), nn.Linear(6000, 2000), nn.ReLU(), nn.Linear(2000, 10))
     wide = nn.Sequential(nn.Flatten(), *layers)

@@ -8,8 +8,9 @@ from torch import nn
 
 from nervure import zoo
 from nervure._kit import UsageError
+from nervure.core.layerwise import tangent_kernel
 from nervure.init import low_rank_, low_rank_start_
-from nervure.init._rank_trial import mean, moved, recurrent, settle, streams, tangent_gram
+from nervure.init._rank_trial import mean, moved, recurrent, settle, streams
 from nervure.init.init_rank_rich_lazy import _matrices
 
 KINDS = ("gaussian", "flat", "truncated", "cell-types", "dale")
@@ -129,7 +130,7 @@ def test_the_kernel_of_a_linear_network_is_its_closed_form():
     x = _weight(6, 5)
     w1, w2 = (layer.weight.detach() for layer in net)
     closed = w2.square().sum() * x @ x.T + x @ w1.T @ w1 @ x.T
-    torch.testing.assert_close(tangent_gram(net, x), closed, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tangent_kernel(net, x), closed, rtol=1e-10, atol=1e-10)
 
 
 def test_the_kernel_of_a_recurrent_network_is_that_of_autograd():
@@ -137,7 +138,7 @@ def test_the_kernel_of_a_recurrent_network_is_that_of_autograd():
     x = streams(torch.Generator().manual_seed(1), 3)[0].double()
     rows = [torch.autograd.grad(net(one[None]).squeeze(), list(net.parameters())) for one in x]
     jacobian = torch.stack([torch.cat([value.flatten() for value in row]) for row in rows])
-    torch.testing.assert_close(tangent_gram(net, x), jacobian @ jacobian.T)
+    torch.testing.assert_close(tangent_kernel(net, x), jacobian @ jacobian.T)
 
 
 def test_a_settled_network_has_its_loss_and_what_moved_is_measured():

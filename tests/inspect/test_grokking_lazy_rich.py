@@ -13,6 +13,7 @@ from torch.func import functional_call, jacrev
 from nervure import zoo
 from nervure._kit import BadData, UsageError
 from nervure.core import forward
+from nervure.core.layerwise import tangent_kernel
 from nervure.inspect.grokking_lazy_rich import (
     LazyRich,
     Polynomial,
@@ -20,7 +21,6 @@ from nervure.inspect.grokking_lazy_rich import (
     laziness,
     linearised,
     quadratic_regression,
-    tangent_kernel,
 )
 
 

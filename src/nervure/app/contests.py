@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
 
 from nervure._kit import CouldNotRun
 from nervure.app.comparisons import Comparison
@@ -70,8 +69,7 @@ def write(found: Contest, records: Sequence[Record], folder: Path, *, command: s
     Returns:
         Tables, records and report files.
     """
-    better = cast(Literal["higher", "lower"], found.better)
-    tables = contest_tables(records, metric=found.metric, better=better, baselines=found.baselines)
+    tables = contest_tables(records, metric=found.metric, better=found.better, baselines=found.baselines)
     seeds = len({record.job.seed for record in records})
     warned = list(dict.fromkeys(text for record in records for text in record.warnings))
     files = leaderboard_files(

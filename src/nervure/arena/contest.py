@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from nervure._kit import NervureError, UnknownId, UsageError, did_you_mean
 from nervure.core import Meter, rng
@@ -93,7 +94,7 @@ class Contest:
     name: str
     title: str
     metric: str
-    better: str
+    better: Literal["higher", "lower"]
     baselines: tuple[str, ...]
     entrants: Mapping[str, str]
     cases: Mapping[str, str]

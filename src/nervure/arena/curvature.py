@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nervure import zoo
 from nervure.arena.contest import Contest, Trial
+from nervure.core import rng
 from nervure.core.forward import mode
 from nervure.core.lanczos import eigenpairs, exact_density, spectral_density, trace
 from nervure.core.operators import Operator, hessian
@@ -32,8 +33,7 @@ class Truth:
 
 
 def _tanh_mlp(draw: int) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(draw)
+    with rng.scope("weights", draw):
         return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
 
 

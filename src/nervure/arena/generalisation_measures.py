@@ -14,6 +14,7 @@ from scipy.stats import kendalltau
 from torch import Tensor, nn
 
 from nervure.arena.contest import Contest, Trial
+from nervure.core import rng
 from nervure.core.lanczos import eigenpairs, trace
 from nervure.core.operators import hessian
 from nervure.data import Splits, load
@@ -52,8 +53,7 @@ class Trained:
 
 def _network(inputs: int, width: int, depth: int, classes: int, draw: int) -> nn.Sequential:
     sizes = [inputs, *[width] * depth]
-    with torch.random.fork_rng():
-        torch.manual_seed(draw)
+    with rng.scope("weights", draw):
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(sizes):
             layers += [nn.Linear(before, after), nn.ReLU()]

@@ -11,7 +11,6 @@ from nervure.audit.finding import Finding, Remedy
 from nervure.audit.subject import Subject
 from nervure.core.capture import undisturbed
 from nervure.core.forward import outputs, take
-from nervure.core.graph import Stage
 
 TOLERANCE = 1e-4
 
@@ -125,20 +124,14 @@ def parameters_in_use(subject: Subject) -> Finding:
     Returns:
         The finding.
     """
-    stage = Stage(subject.probe.model, subject.probe.batch(gradients=2), parameters=subject.probe.parameters)
-    with stage.ready():
-        inputs, targets = stage.batches[0]
-        value = subject.probe.loss(stage.output(inputs), targets)
-        found = torch.autograd.grad(value, list(stage.parameters.values()), allow_unused=True)
-    unused = [name for name, gradient in zip(stage.parameters, found, strict=True) if gradient is None]
-    pairs = zip(stage.parameters.items(), found, strict=True)
-    flat = {name: bool((gradient == 0).all()) for (name, _), gradient in pairs if gradient is not None}
-    zero = [name for name, nothing in flat.items() if nothing]
+    found, samples = subject.gradients
+    unused = [name for name, gradient in found.items() if gradient is None]
+    zero = [name for name, gradient in found.items() if gradient is not None and bool((gradient == 0).all())]
     frozen = [name for name, value in subject.model.named_parameters() if not value.requires_grad]
     values = {"unused": float(len(unused)), "zero": float(len(zero)), "frozen": float(len(frozen))}
     measured = (
-        f"of {len(stage.parameters) + len(frozen)} parameter tensors {len(unused)} have no path to the loss, "
-        f"{len(zero)} a gradient of exactly zero on {stage.samples} samples, {len(frozen)} are frozen"
+        f"of {len(found) + len(frozen)} parameter tensors {len(unused)} have no path to the loss, "
+        f"{len(zero)} a gradient of exactly zero on {samples} samples, {len(frozen)} are frozen"
     )
     if not unused and not zero:
         meaning = "Every parameter that is trained has a part in the loss."

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nervure._kit import Unsupported
 from nervure.audit.finding import Finding, Remedy
 from nervure.audit.subject import Subject
-from nervure.core.graph import Stage
 from nervure.inspect.cnn_filter_quality import filter_quality
 
 ALIKE = 0.999
@@ -116,20 +114,17 @@ def signals(subject: Subject) -> Finding:
         The finding.
     """
     scales = {name: layer.scale for name, layer in subject.layers.items()}
-    stage = Stage(subject.probe.model, subject.probe.batch(gradients=2), parameters=subject.probe.parameters)
-    with stage.ready():
-        inputs, targets = stage.batches[0]
-        value = subject.probe.loss(stage.output(inputs), targets)
-        found = torch.autograd.grad(value, list(stage.parameters.values()), allow_unused=True)
+    found, samples = subject.gradients
+    weights = dict(subject.probe.model.named_parameters())
     steps = {
-        name: float(gradient.norm() / weight.detach().norm())
-        for (name, weight), gradient in zip(stage.parameters.items(), found, strict=True)
-        if gradient is not None and weight.ndim > 1 and float(weight.detach().norm()) > 0
+        name: float(gradient.norm() / weights[name].detach().norm())
+        for name, gradient in found.items()
+        if gradient is not None and gradient.ndim > 1 and float(weights[name].detach().norm()) > 0
     }
     fade = _range({name: value for name, value in scales.items() if value > 0})
     flow = _range({name: value for name, value in steps.items() if value > 0})
     measured = (
-        f"on {stage.samples} samples the outputs' deviation differs {fade:.3g}-fold between layers, the gradient "
+        f"on {samples} samples the outputs' deviation differs {fade:.3g}-fold between layers, the gradient "
         f"beside the weight {flow:.3g}-fold"
     )
     level = "problem" if max(fade, flow) > 1e6 else "warning" if max(fade, flow) > 1e3 else "ok"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -115,38 +116,29 @@ def audit(
     for place, check in enumerate(chosen):
         progress(place / len(chosen), check.name)
         began = time.monotonic()
-        found = _made(check, subject)
-        if found is not None:
-            findings.append(found)
+        findings += _made(check.name, partial(check.run, subject))
         spent[check.name] = time.monotonic() - began
     if other is not None and train is not None:
         began = time.monotonic()
         progress(1 - 1 / (len(chosen) + 1), f"against {other[0]}")
         second = against.probe_of(other[1], subject, train)
-        findings += _compared(subject, second)
+        findings += _made("answers", partial(against.answers, subject, second))
+        findings += _made("barrier", partial(against.layers_and_line, subject, second))
         spent |= dict.fromkeys(("answers", "similarity", "barrier"), (time.monotonic() - began) / 3)
     notes = probe.notes if probe is not None else ("Without data only the weights were looked at: give --data.",)
     return Audit(name, data, tuple(findings), tuple(notes), spent)
 
 
-def _compared(subject: Subject, other: Probe) -> list[Finding]:
-    """Return what the comparison of two networks found, or why it could not."""
-    made = [_made(Check("answers", lambda one: against.answers(one, other)), subject)]
+def _made(name: str, run: Callable[[], Finding | list[Finding] | None]) -> list[Finding]:
+    """Return what a check found, or why it could not: the boundary where one check's failure must not lose the rest."""
     try:
-        return [one for one in made if one is not None] + against.layers_and_line(subject, other)
+        found = run()
     except NervureError as error:
-        told = str(error).splitlines()[0]
-        return [
-            *(one for one in made if one is not None),
-            Finding(check="barrier", level="cannot tell", measured=told, meaning=""),
-        ]
+        return [_untold(name, str(error).splitlines()[0])]
+    except Exception as error:  # the user's own forward may fail in any way, and the report says how
+        return [_untold(name, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")]
+    return found if isinstance(found, list) else [] if found is None else [found]
 
 
-def _made(check: Check, subject: Subject) -> Finding | None:
-    """Return what a check found, or why it could not."""
-    try:
-        return check.run(subject)
-    except NervureError as error:
-        return Finding(
-            check=check.name, level="cannot tell", measured=str(error).splitlines()[0], meaning="", certainty="exact"
-        )
+def _untold(name: str, why: str) -> Finding:
+    return Finding(check=name, level="cannot tell", measured=why, meaning="", certainty="exact")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nervure.core.forward import batch_size, call, mode, outputs, take
+from nervure.core.graph import Stage
 from nervure.core.probe import Probe
 from nervure.core.taps import hooked
 
@@ -24,7 +25,6 @@ class Layer:
     Args:
         inputs: Input channels at some samples and positions, shape (rows, channels).
         scale: Standard deviation of the outputs.
-        milliseconds: Time of the module in one forward.
     """
 
     inputs: Tensor
@@ -92,6 +92,16 @@ class Subject:
             ]
         found = torch.cat(parts)
         return found.flatten(0, -2).double(), targets[:count].flatten()
+
+    @cached_property
+    def gradients(self) -> tuple[dict[str, Tensor | None], int]:
+        """Parameter -> its gradient of the loss on some training samples, None where it has no path; and how many."""
+        stage = Stage(self.probe.model, self.probe.batch(gradients=2), parameters=self.probe.parameters)
+        with stage.ready():
+            inputs, targets = stage.batches[0]
+            value = self.probe.loss(stage.output(inputs), targets)
+            found = torch.autograd.grad(value, list(stage.parameters.values()), allow_unused=True)
+        return dict(zip(stage.parameters, found, strict=True)), stage.samples
 
     @cached_property
     def layers(self) -> dict[str, Layer]:

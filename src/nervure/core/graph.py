@@ -187,6 +187,25 @@ class Stage:
         return Graph(self.output(inputs), list(self.parameters.values()))
 
 
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Return all samples as one batch.
+
+    Args:
+        batches: At least one.
+
+    Returns:
+        Inputs and targets.
+
+    Raises:
+        BadData: If there are several of structured inputs.
+    """
+    if len(batches) == 1:
+        return batches[0]
+    if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
+        raise BadData("several batches of structured inputs", expected="one batch, or tensors")
+    return torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
+
+
 def as_batches(batches: Batch | Sequence[Batch]) -> list[Batch]:
     """Return a list of batches from one batch or several.
 

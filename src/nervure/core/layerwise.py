@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nervure._kit import UsageError
-from nervure.core.jacobian import Outer, Rows, expand
+from nervure.core.forward import batch_size
+from nervure.core.jacobian import Engine, Outer, Rows, expand
 
 Outputs = Literal["full", "trace", "sum_logits", "per_class"]
 TILE = 256
@@ -128,6 +129,46 @@ class LayerwiseGram:
                         total[p, m, o, n] = block.permute(2, 3, 0, 1)
         assert total is not None
         return total
+
+
+def units(output: Tensor) -> Tensor:
+    """Return the cotangents that pick single outputs.
+
+    Args:
+        output: Outputs of N samples, O numbers each, shape (N, ...).
+
+    Returns:
+        Shape (O, N, ...).
+    """
+    count = output[0].numel()
+    unit = torch.eye(count, dtype=output.dtype, device=output.device)
+    return unit[:, None].expand(count, len(output), count).reshape(count, *output.shape)
+
+
+def tangent_kernel(model: nn.Module, inputs: Any, others: Any = None) -> Tensor:
+    """Return the empirical tangent kernel summed over outputs, K[n, m] = sum_o (df_o(x_n)/dw) (df_o(x_m)/dw).
+
+    Args:
+        model: The model, in the mode it is in; batch normalisation must be in eval mode.
+        inputs: Inputs of N samples.
+        others: Inputs of M samples; None takes `inputs`.
+
+    Returns:
+        Shape (N, M).
+    """
+    engine = Engine(model, inputs, method="tangent_kernel")
+
+    def blocks(each: Any) -> Blocks:
+        def compute(start: int) -> Rows:
+            with engine.trace(each) as trace:
+                return trace.rows(units(trace.output.detach()))
+
+        return Blocks(compute, range(0, batch_size(each), batch_size(each)))
+
+    rows = blocks(inputs)
+    columns = rows if others is None else blocks(others)
+    shape = (batch_size(inputs), batch_size(inputs if others is None else others), engine.outputs)
+    return LayerwiseGram("trace", rows, columns, shape, engine.chosen).full.detach()
 
 
 def gram_of(rows: Rows) -> Tensor:

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nervure.core.forward import outputs
-from nervure.core.jacobian import Engine
-from nervure.core.layerwise import gram_of
+from nervure.core.layerwise import tangent_kernel
 from nervure.core.taps import tap
 from nervure.spec import Ctx
 
@@ -45,15 +44,6 @@ def mean(found: Sequence[Moved]) -> dict[str, float]:
     return {name: sum(getattr(one, name) for one in found) / len(found) for name in ("weight", "kernel", "features")}
 
 
-def tangent_gram(model: nn.Module, inputs: Tensor) -> Tensor:
-    """Return the tangent kernel summed over outputs, shape (N, N)."""
-    with Engine(model, inputs, method="tangent kernel").trace(inputs) as trace:
-        count = trace.output[0].numel()
-        unit = torch.eye(count, dtype=trace.output.dtype)[:, None].expand(count, len(trace.output), count)
-        rows = trace.rows(unit.reshape(count, *trace.output.shape))
-        return gram_of(rows).diagonal(dim1=2, dim2=3).sum(-1).detach()
-
-
 def _cosine(one: Tensor, other: Tensor) -> float:
     return float((one * other).sum() / (one.norm() * other.norm()))
 
@@ -67,7 +57,7 @@ def _hidden(model: nn.Module, inputs: Tensor, name: str) -> Tensor:
 def moved(model: nn.Module, start: nn.Module, inputs: Tensor, weight: str, *, hidden: str) -> Moved:
     """Compare a network with its start: one weight, the tangent kernel and the outputs of one layer."""
     now, before = model.get_parameter(weight).detach(), start.get_parameter(weight).detach()
-    kernels = [tangent_gram(each, inputs) for each in (model, start)]
+    kernels = [tangent_kernel(each, inputs) for each in (model, start)]
     features = [_hidden(each, inputs, hidden) for each in (model, start)]
     return Moved(
         weight=float((now - before).norm() / before.norm()),

@@ -15,7 +15,7 @@ from nervure._kit import BadData, UsageError
 from nervure.core import rng
 from nervure.core.forward import batch_size as count_of
 from nervure.core.forward import mode, outputs, predict, take
-from nervure.core.graph import as_batches
+from nervure.core.graph import as_batches, joined
 from nervure.core.lanczos import eigenpairs
 from nervure.core.operators import hessian
 from nervure.core.persample import Loss
@@ -191,7 +191,7 @@ def effective_complexity(
     """
     if min(batch_size, epochs, rounds) < 1:
         raise UsageError("no such training", expected="numbers above 0", found=(batch_size, epochs, rounds))
-    inputs, targets = _joined(as_batches(batches))
+    inputs, targets = joined(as_batches(batches))
     count = count_of(inputs)
     order = torch.randperm(count, generator=rng.generator("capacity", seed))
     right = right or _classes
@@ -216,19 +216,6 @@ def effective_complexity(
         part = (take(inputs, order[:above]), take(targets, order[:above]))
         saddle = _saddle(failed[above], part, loss, parameters)
     return Capacity(fits, size, saddle)
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Return all samples as one batch.
-
-    Raises:
-        BadData: If there are several of structured inputs.
-    """
-    if len(batches) == 1:
-        return batches[0]
-    if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
-        raise BadData("several batches of structured inputs", expected="one batch, or tensors")
-    return torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
 
 
 def _classes(output: Tensor, targets: Tensor) -> Tensor:

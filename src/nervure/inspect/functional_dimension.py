@@ -16,6 +16,7 @@ from nervure._kit import UsageError
 from nervure.core.forward import batch_size, take, tree_map
 from nervure.core.graph import Stage, as_batches
 from nervure.core.jacobian import Engine, expand
+from nervure.core.layerwise import units
 from nervure.core.vectors import select, unflatten
 from nervure.spec import Batch, Card, Check, Ctx, claim
 
@@ -190,10 +191,7 @@ def _wide(value: Tensor) -> Tensor:
 def _jacobian(engine: Engine, inputs: object) -> dict[str, Tensor]:
     """Return name -> rows of the Jacobian, samples first, shape (N O, entries)."""
     with engine.trace(inputs) as trace:
-        shape = trace.output.shape
-        eye = torch.eye(engine.outputs, dtype=trace.output.dtype, device=trace.output.device)
-        cotangents = eye.view(engine.outputs, 1, *shape[1:]).expand(-1, *shape)
-        full = expand(trace.rows(cotangents))
+        full = expand(trace.rows(units(trace.output.detach())))
     return {name: value.transpose(0, 1).flatten(0, 1).flatten(1).detach() for name, value in full.items()}
 
 

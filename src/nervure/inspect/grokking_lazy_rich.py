@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from nervure._kit import BadData, UsageError
 from nervure.core import forward, rng
-from nervure.core.jacobian import Engine
-from nervure.core.layerwise import Blocks, LayerwiseGram
+from nervure.core.layerwise import tangent_kernel
 from nervure.core.similarity import cka
 from nervure.core.taps import execution_order, tap
 from nervure.inspect._delayed import Task, Times, explained, train
@@ -34,7 +33,7 @@ CARD = Card(
         "grokking without weight decay."
     ),
     tags=("grokking", "lazy training", "feature learning", "neural tangent kernel", "kernel alignment", "output scale"),
-    provides=("LazyRich", "laziness", "Laziness", "tangent_kernel", "alignment", "linearised"),
+    provides=("LazyRich", "laziness", "Laziness", "alignment", "linearised"),
     claims=("lazier_networks_generalise_later",),
     needs=("grad",),
     deviations=(
@@ -107,35 +106,6 @@ class LazyRich(nn.Module):
     @staticmethod
     def _output(model: nn.Module, args: Any, kwargs: Any) -> Tensor:
         return forward.logits(model(*args, **kwargs))
-
-
-def tangent_kernel(model: nn.Module, inputs: Any, others: Any = None) -> Tensor:
-    """Return the empirical tangent kernel summed over outputs, K[n, m] = sum_o (df_o(x_n)/dw) (df_o(x_m)/dw).
-
-    Args:
-        model: The model, in the mode it is in; batch normalisation must be in eval mode.
-        inputs: Inputs of N samples.
-        others: Inputs of M samples; None takes `inputs`.
-
-    Returns:
-        Shape (N, M).
-    """
-    engine = Engine(model, inputs, method="tangent_kernel")
-
-    def blocks(each: Any) -> Blocks:
-        def compute(start: int) -> Any:
-            with engine.trace(each) as trace:
-                output = trace.output.detach()
-                count = output[0].numel()
-                unit = torch.eye(count, dtype=output.dtype, device=output.device)[:, None]
-                return trace.rows(unit.expand(count, len(output), count).reshape(count, *output.shape))
-
-        return Blocks(compute, range(0, forward.batch_size(each), forward.batch_size(each)))
-
-    rows = blocks(inputs)
-    columns = rows if others is None else blocks(others)
-    shape = (forward.batch_size(inputs), forward.batch_size(inputs if others is None else others), engine.outputs)
-    return LayerwiseGram("trace", rows, columns, shape, engine.chosen).full.detach()
 
 
 def alignment(kernel: Tensor, targets: Tensor) -> float:

@@ -16,7 +16,7 @@ from nervure._kit import BadData, UsageError
 from nervure.core import rng
 from nervure.core.forward import batch_size as count_of
 from nervure.core.forward import outputs, predict, take
-from nervure.core.graph import as_batches
+from nervure.core.graph import as_batches, joined
 from nervure.core.persample import Loss
 from nervure.core.vectors import flatten, only, select, unflatten
 from nervure.inspect._intrinsic_trial import SIZES, mlp, zeroed
@@ -291,7 +291,7 @@ def objective_dimension(
     """
     if min(start, steps, batch_size, projections) < 1 or min(share, tolerance, learning_rate) <= 0:
         raise UsageError("a number is out of range", expected="counts of at least 1 and numbers above 0")
-    batch = _joined(as_batches(batches))
+    batch = joined(as_batches(batches))
     seen = validation or batch
     rate = score or _accuracy
     size = sum(value.numel() for value in select(model, parameters).values())
@@ -327,19 +327,6 @@ def objective_dimension(
             break
         dimension = (low + high) // 2 if met else min(2 * low, high - 1)
     return ObjectiveDimension(tuple(trials), goal, first, full, size)
-
-
-def _joined(batches: Sequence[Batch]) -> Batch:
-    """Return all samples as one batch.
-
-    Raises:
-        BadData: If there are several of structured inputs.
-    """
-    if len(batches) == 1:
-        return batches[0]
-    if not all(isinstance(inputs, Tensor) for inputs, _ in batches):
-        raise BadData("several batches of structured inputs", expected="one batch, or tensors")
-    return torch.cat([inputs for inputs, _ in batches]), torch.cat([targets for _, targets in batches])
 
 
 def _accuracy(output: Tensor, targets: Tensor) -> float:

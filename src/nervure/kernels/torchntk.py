@@ -15,7 +15,7 @@ from torch.func import functional_call, jacrev, vmap
 from nervure._kit import UsageError
 from nervure.core.forward import batch_size, take
 from nervure.core.jacobian import Engine, Rows
-from nervure.core.layerwise import Blocks, LayerwiseGram, Outputs
+from nervure.core.layerwise import Blocks, LayerwiseGram, Outputs, units
 from nervure.spec import Card, Check, Ctx, claim
 
 CARD = Card(
@@ -48,11 +48,9 @@ Impl = Literal["auto", "structured", "jacobian"]
 
 
 def _cotangents(output: Tensor, outputs: Outputs) -> Tensor:
-    count = output[0].numel()
     if outputs == "sum_logits":
-        return torch.full_like(output, count**-0.5)[None]
-    unit = torch.eye(count, dtype=output.dtype, device=output.device)
-    return unit[:, None].expand(count, len(output), count).reshape(count, *output.shape)
+        return torch.full_like(output, output[0].numel() ** -0.5)[None]
+    return units(output)
 
 
 def entk(

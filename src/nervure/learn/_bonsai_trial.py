@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nervure.core import forward
+from nervure.core import forward, rng
 from nervure.core.shortcut_tasks import Coloured, two_colours
 from nervure.losses.environments import vrex
 from nervure.spec import Ctx
@@ -39,8 +39,7 @@ def robust_head(ctx: Ctx, extractor: nn.Module, train: Coloured, test: Coloured)
     divided by as much.
     """
     features = forward.predict(extractor, train.x).flatten(1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(ctx.seed_for("head") % 2**63)
+    with rng.scope("head", ctx.seed_for("head")):
         head = nn.Linear(features.shape[1], 2)
     optimizer = torch.optim.Adam(head.parameters(), lr=0.01)
     for step in range(ctx.scaled(500, 200)):
