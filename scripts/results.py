@@ -13,6 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "results"
+PUBLISHED = ROOT / "src" / "nervure" / "catalogue" / "published.json"
 UNMEASURED = RESULTS / "unmeasured.json"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -78,8 +79,21 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def published() -> str:
+    """Return the verdicts alone, as the package ships them."""
+    kept = []
+    for path in sorted(RESULTS.glob("*.*.json")):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        record = max(data["records"], key=lambda one: one["started"])
+        spent = sum(one["cost"].get("seconds", 0.0) for one in data["records"])
+        about = {"environment": record["environment"], "started": record["started"], "seconds": round(spent, 1)}
+        kept.append({"verdict": data["verdict"], **about})
+    return "[\n" + ",\n".join(json.dumps(one, ensure_ascii=False, sort_keys=True) for one in kept) + "\n]\n"
+
+
 def write_tables() -> None:
-    """Put the table between the markers of README.md and docs/results.md."""
+    """Put the table between the markers of README.md and docs/results.md, and the verdicts into the package."""
+    PUBLISHED.write_text(published(), encoding="utf-8")
     for path in (ROOT / "README.md", ROOT / "docs" / "results.md"):
         text = path.read_text(encoding="utf-8")
         before, rest = text.split(BEGIN)

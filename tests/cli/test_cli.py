@@ -173,20 +173,24 @@ def test_a_report_folder_that_cannot_be_made_is_3_and_loses_nothing(here, capsys
 
 
 def test_names_from_outside_are_escaped_in_the_page(here):
+    from nervure.report import Board
     from nervure.report.export import render
 
     page = render(
         "leaderboard.html",
         {
             "title": "<script>alert(1)</script>",
-            "tables": [],
+            "board": Board(
+                name="x",
+                title="x",
+                metric="accuracy",
+                protocol="p",
+                command="nervure --model '<img src=x>'",
+                tables=[],
+                records=[],
+            ),
             "plot": "<svg></svg>",
             "time_plot": "",
-            "columns": {},
-            "metric": "accuracy",
-            "baseline": "random",
-            "protocol": "p",
-            "command": "nervure --model '<img src=x>'",
             "environment": {"<b>": "<i>"},
             "raw": "</pre><script>",
         },

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from nervure.report import case_tables, leaderboard_files, no_faster
+from nervure.report import Board, case_tables, leaderboard_files, no_faster
 from nervure.report.plots import layers_plot, share_plot, time_plot
 from nervure.spec import Job, Measurement, Record, Status
 
@@ -64,18 +64,18 @@ def test_plots_show_each_arm_and_an_emptied_layer():
 
 
 def test_the_page_tells_what_saves_nothing_and_escapes_names(tmp_path):
-    files = leaderboard_files(
-        tables(),
-        records(),
-        tmp_path,
+    board = Board(
         name="compare",
         title="<script>",
         metric="accuracy",
         protocol="equal steps",
         command="nervure compare prune",
+        tables=tables(),
+        records=records(),
         columns={**COLUMNS, "nobody_measured": "nothing"},
         layers="kept: ",
     )
+    files = leaderboard_files(board, tmp_path)
     page = files[-1].read_text(encoding="utf-8")
     assert page.count("No faster than the dense network at batch 64 (less than 5% saved): masked.") == 2
     assert "ms, batch 64" in page
@@ -88,6 +88,7 @@ def test_the_page_tells_what_saves_nothing_and_escapes_names(tmp_path):
 def test_without_other_metrics_the_page_is_the_leaderboard_alone(tmp_path):
     bare = [record("a", 0.5, seed, accuracy=0.5 + seed / 10) for seed in range(2)]
     made = case_tables(bare, metric="accuracy", baseline="a")
-    files = leaderboard_files(made, bare, tmp_path, name="x", title="x", metric="accuracy", protocol="", command="")
+    board = Board(name="x", title="x", metric="accuracy", protocol="", command="", tables=made, records=bare)
+    files = leaderboard_files(board, tmp_path)
     assert "Does it save time?" not in files[-1].read_text(encoding="utf-8")
     assert math.isclose(made[0].spread["a"][0], 0.55)

@@ -11,7 +11,7 @@ from nervure._kit import CouldNotRun
 from nervure.app.jobs import OnEvent, do
 from nervure.arena import outcome, prune
 from nervure.arena.tasks import BATCH
-from nervure.report import CaseTable, case_tables, leaderboard_files
+from nervure.report import Board, case_tables, leaderboard_files
 from nervure.spec import Record, Status
 
 
@@ -20,16 +20,12 @@ class Comparison:
     """Hold what came of a comparison.
 
     Args:
-        tables: One leaderboard a share.
-        records: Their records.
+        board: Leaderboards, records and how they came about.
         files: The report's files: JSON, CSV, HTML.
-        baseline: The entrant the others are compared with.
     """
 
-    tables: list[CaseTable]
-    records: list[Record]
+    board: Board
     files: list[Path]
-    baseline: str
 
 
 def compare_prune(
@@ -71,8 +67,6 @@ def compare_prune(
         CouldNotRun: If no entrant could be measured.
     """
     names = list(entrants) if entrants else list(prune.entrants(unit))
-    usual = prune.BASELINES[unit]
-    baseline = usual if usual in names else next((n for n in names if n not in prune.DENSE), names[0])
     count = seeds or (2 if quick else 3)
     budget = steps or (prune.QUICK_STEPS if quick else prune.STEPS)
     at = list(shares) if shares else list((prune.QUICK_SHARES if quick else prune.SHARES)[unit])
@@ -81,34 +75,50 @@ def compare_prune(
     if not any(record.status is Status.DONE for record in records):
         error = next((record.error for record in records if record.error), "no record came back")
         raise CouldNotRun("no entrant could be measured", found=error.strip(), try_="--workers 0 for the trace")
-    tables = case_tables(records, metric=prune.METRIC, baseline=baseline)
-    files = leaderboard_files(
-        tables,
-        records,
-        Path(report),
+    board = prune_board(records)
+    return Comparison(board, leaderboard_files(board, Path(report)))
+
+
+def prune_board(records: Sequence[Record]) -> Board:
+    """Return the leaderboards of a comparison of pruners.
+
+    Args:
+        records: Records of one setting: model, data, unit and steps.
+
+    Returns:
+        The comparison.
+    """
+    params = records[0].job.params
+    unit: prune.Unit = params.get("unit", "density")
+    names = list(dict.fromkeys(record.job.arm for record in records))
+    usual = prune.BASELINES[unit]
+    baseline = usual if usual in names else next((n for n in names if n not in prune.DENSE), names[0])
+    seeds = {record.job.seed for record in records}
+    return Board(
         name=prune.report_name(unit),
-        title=f"Pruning {model} on {data}",
+        title=f"Pruning {params['model']} on {params['data']}",
         metric=prune.METRIC,
+        tables=case_tables(records, metric=prune.METRIC, baseline=baseline),
+        records=records,
         columns=outcome.COLUMNS,
         layers=outcome.LAYER,
         protocol=(
-            f"{count} seeds, paired: data split, initial weights and batches depend on the seed alone. Every entrant "
-            f"spends {budget} optimizer steps in all, pruning rounds included, with each of the learning rates "
-            f"{', '.join(f'{rate:g}' for rate in prune.RATES)} (Adam, cosine, batch {BATCH}); the best on the "
-            "validation split is measured once on the test split. Milliseconds are the least of ten forwards on one "
-            "thread of a worker, beside whatever else runs here. Intervals are 95% t intervals; comparisons with "
-            f"{baseline} are paired and corrected by Holm's method."
+            f"{len(seeds)} seeds, paired: data split, initial weights and batches depend on the seed alone. Every "
+            f"entrant spends {params['steps']} optimizer steps in all, pruning rounds included, with each of the "
+            f"learning rates {', '.join(f'{rate:g}' for rate in prune.RATES)} (Adam, cosine, batch {BATCH}); the best "
+            "on the validation split is measured once on the test split. Milliseconds are the least of ten forwards "
+            "on one thread of a worker, beside whatever else runs here. Intervals are 95% t intervals; comparisons "
+            f"with {baseline} are paired and corrected by Holm's method."
         ),
-        command=_repeat(model, data, names, unit, at, count, budget),
+        command=_repeat(records, unit),
     )
-    return Comparison(tables, records, files, baseline)
 
 
-def _repeat(
-    model: str, data: str, names: Sequence[str], unit: str, at: Sequence[float], count: int, budget: int
-) -> str:
-    words = ["nervure", "compare", "prune", "--unit", unit, "--model", model, "--data", data, "--seeds", str(count)]
-    words += ["--steps", str(budget)]
-    words += [word for name in names for word in ("--entrant", name)]
-    words += [word for share in at for word in ("--share", f"{share:g}")]
-    return shlex.join(words)
+def _repeat(records: Sequence[Record], unit: str) -> str:
+    params = records[0].job.params
+    words = ["nervure", "compare", "prune", "--unit", unit, "--model", params["model"], "--data", params["data"]]
+    words += ["--seeds", str(len({record.job.seed for record in records})), "--steps", str(params["steps"])]
+    words += [word for name in dict.fromkeys(record.job.arm for record in records) for word in ("--entrant", name)]
+    made = [record for record in records if record.job.arm not in prune.DENSE]
+    shares = dict.fromkeys(float(one.job.params.get("share", one.job.params.get("density"))) for one in made)
+    return shlex.join(words + [word for share in shares for word in ("--share", f"{share:g}")])

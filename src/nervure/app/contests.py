@@ -10,7 +10,7 @@ from nervure._kit import CouldNotRun
 from nervure.app.comparisons import Comparison
 from nervure.app.jobs import OnEvent, do
 from nervure.arena.contest import Contest, contest
-from nervure.report import contest_tables, leaderboard_files
+from nervure.report import Board, contest_tables, leaderboard_files
 from nervure.spec import Record, Status
 
 
@@ -51,36 +51,36 @@ def compare(
     if not any(record.status is Status.DONE for record in records):
         error = next((record.error for record in records if record.error), "no record came back")
         raise CouldNotRun("nothing could be measured", found=error.strip(), try_="--workers 0 for the trace")
-    words = ["nervure", "compare", name, *(["--quick"] if quick else [])]
-    words += ["--seeds", str(seeds)] if seeds is not None else []
-    words += [word for one in entrants for word in ("--entrant", one)] + [word for c in cases for word in ("--case", c)]
-    return write(found, records, Path(report), command=shlex.join(words))
+    board = contest_board(found, records)
+    return Comparison(board, leaderboard_files(board, Path(report)))
 
 
-def write(found: Contest, records: Sequence[Record], folder: Path, *, command: str) -> Comparison:
-    """Write a contest's report.
+def contest_board(found: Contest, records: Sequence[Record]) -> Board:
+    """Return the leaderboards of a contest.
 
     Args:
         found: The contest.
-        records: Its records.
-        folder: Where to.
-        command: The command that repeats it.
+        records: Its records, of one setting.
 
     Returns:
-        Tables, records and report files.
+        The comparison.
     """
-    tables = contest_tables(records, metric=found.metric, better=found.better, baselines=found.baselines)
-    seeds = len({record.job.seed for record in records})
     warned = list(dict.fromkeys(text for record in records for text in record.warnings))
-    files = leaderboard_files(
-        tables,
-        records,
-        folder,
+    seeds, cases = {record.job.seed for record in records}, {record.job.case for record in records}
+    params = records[0].job.params
+    quick = bool(params["quick"])
+    usual = set(found.quick if quick else found.cases)
+    entrants = [name for name in params["entrants"] if set(params["entrants"]) != set(found.entrants)]
+    words = ["nervure", "compare", found.name, *(["--quick"] * quick), "--seeds", str(len(seeds))]
+    words += [word for name in entrants for word in ("--entrant", name)]
+    words += [word for case in found.cases if case in cases and cases != usual for word in ("--case", case)]
+    return Board(
         name=f"compare-{found.name}",
         title=found.title,
         metric=found.metric,
+        tables=contest_tables(records, metric=found.metric, better=found.better, baselines=found.baselines),
+        records=records,
         columns=found.columns,
-        protocol=" ".join([f"{seeds} seeds, paired. {found.protocol}", *(f"{text}." for text in warned)]),
-        command=command,
+        protocol=" ".join([f"{len(seeds)} seeds, paired. {found.protocol}", *(f"{text}." for text in warned)]),
+        command=shlex.join(words),
     )
-    return Comparison(tables, list(records), files, found.baselines[0])

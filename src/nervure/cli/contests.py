@@ -81,7 +81,7 @@ similarity = _command("similarity")
 
 def _print_tables(found: Comparison) -> None:
     console = Console()
-    for table in found.tables:
+    for table in found.board.tables:
         shown = Table("rank", "entrant", "mean", "95% interval", f"better than {table.baseline}? (Holm)")
         for row in table.rows:
             _, low, high = table.spread.get(row.arm, (0.0, math.nan, math.nan))
@@ -91,6 +91,6 @@ def _print_tables(found: Comparison) -> None:
         console.print(shown)
         for arm, problem in table.problems.items():
             console.print(f"{arm}: {problem}", markup=False, highlight=False)
-    for warning in dict.fromkeys(text for record in found.records for text in record.warnings):
+    for warning in dict.fromkeys(text for record in found.board.records for text in record.warnings):
         console.print(f"note: {warning}", markup=False, highlight=False)
     print(found.files[-1])

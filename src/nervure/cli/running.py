@@ -169,13 +169,13 @@ def _print_tables(found: Comparison) -> None:
     from nervure.report import no_faster
 
     console = Console()
-    for table in found.tables:
+    for table in found.board.tables:
         shown = Table(
-            "rank", "entrant", "accuracy", "95% interval", f"better than {found.baseline}? (Holm)", "ms, batch 64"
+            "rank", "entrant", "accuracy", "95% interval", f"better than {table.baseline}? (Holm)", "ms, batch 64"
         )
         for row in table.rows:
             _, low, high = table.spread.get(row.arm, (0.0, math.nan, math.nan))
-            better = "" if row.arm == found.baseline else str(row.outcome)
+            better = "" if row.arm == table.baseline else str(row.outcome)
             took = number(table.means.get(row.arm, {}).get("ms_64", math.nan))
             shown.add_row(str(row.rank), row.arm, number(row.mean), f"{number(low)} to {number(high)}", better, took)
         console.print(f"\n[bold]{table.unit} {table.share:.3g}[/]")

@@ -16,7 +16,7 @@ import jinja2
 
 from nervure._kit import CouldNotRun
 from nervure.report import plots
-from nervure.report.tables import CaseTable, arm_rows, no_faster
+from nervure.report.tables import Board, arm_rows, no_faster
 from nervure.spec import Card, Record, Verdict
 
 
@@ -70,25 +70,15 @@ def verdict_files(
         The paths of the JSON, CSV and HTML file.
     """
     values = card.to_json() if isinstance(card, Card) else dict(card)
-    rows = arm_rows(records)
-    metrics = list(dict.fromkeys(result.check.metric for result in verdict.checks))
-    curves = list(
-        dict.fromkeys(point.metric for record in records for point in record.measurements if point.step is not None)
-    )
     page = render(
         "verdict.html",
         {
             "title": f"{values['id']}: {verdict.outcome}",
             "card": values,
             "verdict": verdict,
-            "rows": rows,
-            "plots": {
-                "checks": plots.checks_plot(verdict),
-                "arms": [plots.arms_plot(rows, metric) for metric in metrics],
-                "curves": [plots.curves_plot(records, metric) for metric in curves],
-            },
+            **verdict_parts(verdict, records),
             "command": command,
-            "environment": _environment(records),
+            "environment": environment_of(records),
             "raw": _raw(records),
         },
     )
@@ -97,68 +87,80 @@ def verdict_files(
     return write(folder, verdict.claim_id.replace("/", "."), files)
 
 
-def leaderboard_files(
-    tables: Sequence[CaseTable],
-    records: Sequence[Record],
-    folder: Path,
-    *,
-    name: str,
-    title: str,
-    metric: str,
-    protocol: str,
-    command: str,
-    columns: Mapping[str, str] | None = None,
-    layers: str = "",
-) -> list[Path]:
+def verdict_parts(verdict: Verdict, records: Sequence[Record]) -> dict[str, Any]:
+    """Return the tables and plots of a verdict's page.
+
+    Args:
+        verdict: The verdict.
+        records: Its records; without, only the checks are drawn.
+
+    Returns:
+        ``rows`` of the arms, and ``plots``: ``checks``, ``arms`` and ``curves``, as SVG text.
+    """
+    rows = arm_rows(records)
+    metrics = dict.fromkeys(result.check.metric for result in verdict.checks) if records else {}
+    curves = dict.fromkeys(p.metric for record in records for p in record.measurements if p.step is not None)
+    return {
+        "rows": rows,
+        "plots": {
+            "checks": plots.checks_plot(verdict),
+            "arms": [plots.arms_plot(rows, metric) for metric in metrics],
+            "curves": [plots.curves_plot(records, metric) for metric in curves],
+        },
+    }
+
+
+def leaderboard_files(board: Board, folder: Path) -> list[Path]:
     """Write a comparison's report.
 
     Args:
-        tables: One leaderboard a share.
-        records: Their records.
+        board: The comparison.
         folder: Where to.
-        name: Stem of the files.
-        title: Title of the page.
-        metric: What is compared.
-        protocol: Rule, draws, seeds, budget and kind of interval in a sentence or two.
-        command: The command that repeats it.
-        columns: Metric -> heading of what else the page tabulates, means over the seeds.
-        layers: What the metrics of single layers begin with.
 
     Returns:
         The paths of the JSON, CSV and HTML file.
     """
-    columns = {
-        name: head
-        for name, head in (columns or {}).items()
-        if any(name in found for table in tables for found in table.means.values())
-    }
     page = render(
         "leaderboard.html",
         {
-            "title": title,
-            "tables": tables,
-            "plot": plots.share_plot(tables, metric) if tables and tables[0].unit else plots.cases_plot(tables, metric),
-            "time_plot": plots.time_plot(tables) if "ms_64" in columns else "",
-            "layers": {table.case: plots.layers_plot(table, layers) if layers else "" for table in tables},
-            "no_faster": {table.case: no_faster(table) for table in tables},
-            "columns": columns,
-            "metric": metric,
-            "protocol": protocol,
-            "command": command,
-            "environment": _environment(records),
-            "raw": _raw(records),
+            "title": board.title,
+            "board": board,
+            **board_parts(board),
+            "environment": environment_of(board.records),
+            "raw": _raw(board.records),
         },
     )
     data = {
-        "title": title,
-        "protocol": protocol,
-        "tables": [asdict(table) for table in tables],
-        "records": [record.to_json() for record in records],
+        "title": board.title,
+        "protocol": board.protocol,
+        "tables": [asdict(table) for table in board.tables],
+        "records": [record.to_json() for record in board.records],
     }
-    return write(folder, name, {".json": as_json(data), ".csv": table_csv(records), ".html": page})
+    return write(folder, board.name, {".json": as_json(data), ".csv": table_csv(board.records), ".html": page})
 
 
-def _environment(records: Sequence[Record]) -> dict[str, str]:
+def board_parts(board: Board) -> dict[str, Any]:
+    """Return the plots of a comparison's page.
+
+    Args:
+        board: The comparison.
+
+    Returns:
+        ``plot``, ``time_plot``, ``layers`` by case as SVG text, and ``no_faster``: the entrants by case that save no
+        time.
+    """
+    tables, metric = board.tables, board.metric
+    smaller = bool(tables and tables[0].unit)
+    return {
+        "plot": plots.share_plot(tables, metric) if smaller else plots.cases_plot(tables, metric),
+        "time_plot": plots.time_plot(tables) if "ms_64" in board.shown_columns else "",
+        "layers": {table.case: plots.layers_plot(table, board.layers) if board.layers else "" for table in tables},
+        "no_faster": {table.case: no_faster(table) for table in tables},
+    }
+
+
+def environment_of(records: Sequence[Record]) -> dict[str, str]:
+    """Return versions and machines of records; several of one kind are joined."""
     found: dict[str, dict[str, None]] = {}
     for record in records:
         for name, value in record.environment.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -101,6 +101,39 @@ class CaseTable:
     def heading(self) -> str:
         """What stands over the table."""
         return f"{self.unit} {100 * self.share:g}%" if self.unit else self.case
+
+
+@dataclass(frozen=True, kw_only=True)
+class Board:
+    """Hold a comparison, ready to be shown.
+
+    Args:
+        name: Stem of its files.
+        title: Title of the page.
+        metric: What is compared.
+        protocol: Rule, draws, seeds, budget and kind of interval in a sentence or two.
+        command: The command that repeats it.
+        tables: One leaderboard a share or case.
+        records: Their records.
+        columns: Metric -> heading of what else is tabulated, means over the seeds.
+        layers: What the metrics of single layers begin with.
+    """
+
+    name: str
+    title: str
+    metric: str
+    protocol: str
+    command: str
+    tables: Sequence[CaseTable]
+    records: Sequence[Record]
+    columns: Mapping[str, str] = field(default_factory=dict)
+    layers: str = ""
+
+    @property
+    def shown_columns(self) -> dict[str, str]:
+        """Return the columns something was measured for."""
+        measured = {name for table in self.tables for found in table.means.values() for name in found}
+        return {name: head for name, head in self.columns.items() if name in measured}
 
 
 def _share(record: Record) -> float:

@@ -91,6 +91,19 @@ class Event:
     text: str = ""
     record: Record | None = None
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the event as JSON-ready values, the record by its status and error alone."""
+        return {
+            "kind": self.kind,
+            "share": self.share,
+            "seconds_left": self.seconds_left,
+            "job": self.job.to_json() if self.job is not None else None,
+            "job_share": self.job_share,
+            "text": self.text,
+            "status": str(self.record.status) if self.record is not None else None,
+            "error": self.record.error if self.record is not None else None,
+        }
+
 
 def execute(
     jobs: Iterable[Job],

@@ -136,6 +136,43 @@ class Verdict:
             ],
         }
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Verdict:
+        """Rebuild a verdict from `to_json`.
+
+        Args:
+            value: What `to_json` returned.
+
+        Returns:
+            The verdict.
+        """
+        return cls(
+            claim_id=value["claim"],
+            statement=value["statement"],
+            outcome=Outcome(value["outcome"]),
+            checks=tuple(_result(one) for one in value["checks"]),
+            sabotage={arm: Outcome(outcome) for arm, outcome in value["sabotage"].items()},
+            seeds=tuple(value["seeds"]),
+            quick=value["quick"],
+            notes=tuple(value["notes"]),
+        )
+
+
+def _result(value: Mapping[str, Any]) -> CheckResult:
+    names = ("name", "method", "control", "metric", "better", "rule", "margin")
+    numbers = {
+        name: gone if value[name] is None else value[name]
+        for name, gone in (("mean", math.nan), ("low", -math.inf), ("high", math.inf))
+    }
+    return CheckResult(
+        check=Check(**{name: value[name] for name in names}),
+        outcome=Outcome(value["outcome"]),
+        n=value["n"],
+        differences={int(seed): difference for seed, difference in value["differences"].items()},
+        reason=value["reason"],
+        **numbers,
+    )
+
 
 def _finite(value: float) -> float | None:
     """Return a number JSON has, or None."""

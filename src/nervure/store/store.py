@@ -147,6 +147,20 @@ class Store:
             points = _points(connection, [row.id for row in rows])
         return [self._record(row, points.get(row.id, [])) for row in rows]
 
+    def headers(self, *, after: int = 0) -> list[tuple[int, Record]]:
+        """Return records without their measurements, for a view that follows what is written.
+
+        Args:
+            after: Only records with a greater number. Writers of PostgreSQL may commit out of order: ask with some
+                overlap and skip the numbers you know.
+
+        Returns:
+            (number, record) in the order of the numbers, every record of every job.
+        """
+        query = sa.select(records).where(records.c.id > after).order_by(records.c.id)
+        with told(self._engine.url), self._engine.connect() as connection:
+            return [(row.id, self._record(row, ())) for row in connection.execute(query)]
+
     def lease(self, job_id: str) -> bool:
         """Take a job for this store's process, unless it is done or another living process has it.
 
