@@ -91,6 +91,34 @@ class Audit:
         """Return it as JSON-ready values."""
         return asdict(self)
 
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Audit:
+        """Rebuild an audit from `to_json`; a number that was not finite is NaN.
+
+        Args:
+            value: What `to_json` returned, as it came back from a file.
+
+        Returns:
+            The audit.
+        """
+        return cls(
+            model=value["model"],
+            data=value["data"],
+            findings=tuple(_finding(one) for one in value["findings"]),
+            notes=tuple(value["notes"]),
+            seconds=_numbers(value["seconds"]),
+        )
+
+
+def _finding(value: Mapping[str, Any]) -> Finding:
+    remedy = Remedy(**value["remedy"]) if value["remedy"] is not None else None
+    numbers = {name: _numbers(value[name]) for name in ("values", "layers")}
+    return Finding(**{**value, "remedy": remedy, **numbers})
+
+
+def _numbers(value: Mapping[str, float | None]) -> dict[str, float]:
+    return {name: math.nan if number is None else number for name, number in value.items()}
+
 
 def share(right: int, total: int) -> tuple[float, float, float]:
     """Return a share and its 95% interval of Clopper and Pearson.

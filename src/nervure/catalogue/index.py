@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
+import importlib.util
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 from nervure._kit import CouldNotRun, UnknownId, did_you_mean, lazy_attributes
 
 INDEX = Path(__file__).parent.parent / "_index.json"
+PUBLISHED = Path(__file__).parent / "published.json"
 PLUGINS = "nervure.cards"
 
 
@@ -55,6 +60,36 @@ class Entry:
                 f"{self.id} is in the catalogue but not yet runnable", try_="nervure list --runnable for those that are"
             )
         return importlib.import_module(self.module)
+
+
+    def example(self) -> str:
+        """Return the example in the docstring of the method, without importing it.
+
+        Returns:
+            Lines of Python and what they print; empty where there is none.
+        """
+        if self.module is None:
+            return ""
+        spec = importlib.util.find_spec(self.module)
+        if spec is None or spec.origin is None:
+            return ""
+        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == self.card["provides"][0]:
+                _, found, text = (ast.get_docstring(node) or "").partition("\nExamples:\n")
+                lines = takewhile(lambda line: not line or line.startswith(" "), text.splitlines())
+                return textwrap.dedent("\n".join(lines)).strip() if found else ""
+        return ""
+
+
+@functools.cache
+def published() -> dict[str, dict[str, Any]]:
+    """Return what the claims came to when the makers of this version measured them in full.
+
+    Returns:
+        Claim's id -> ``verdict`` (as `nervure.spec.Verdict.to_json` has it), ``environment``, ``started``, ``seconds``.
+    """
+    values = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    return {value["verdict"]["claim"]: value for value in values}
 
 
 def _entry(value: Mapping[str, Any]) -> Entry:

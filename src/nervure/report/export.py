@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import math
@@ -48,10 +49,26 @@ def render(name: str, values: Mapping[str, Any]) -> str:
     Returns:
         HTML.
     """
-    loader = jinja2.PackageLoader("nervure.report", "templates")
-    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
+    return templates().get_template(name).render(**values)
+
+
+@functools.cache
+def templates(package: str = "") -> jinja2.Environment:
+    """Return the templates: all text is escaped, a name that is not given is an error.
+
+    Args:
+        package: A package with templates of its own, which may use the parts of these.
+
+    Returns:
+        The environment.
+    """
+    packages = [*([package] if package else []), "nervure.report"]
+    loader = jinja2.ChoiceLoader([jinja2.PackageLoader(one, "templates") for one in packages])
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters["number"] = number
-    return environment.get_template(name).render(**values)
+    return environment
 
 
 def verdict_files(
