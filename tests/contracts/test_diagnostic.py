@@ -14,6 +14,7 @@ from nervure import catalogue
 from nervure.core import forward, rng
 from nervure.core.vectors import select
 from nervure.testing import DiagnosticContract, table
+from nervure.zoo.conv import LeNet
 
 TABLE = table.read(Path(__file__).with_name("expected.toml"))
 # Diagnostics that ask for eval mode, because in train mode batch normalisation mixes the samples.
@@ -79,8 +80,20 @@ def _moved(model):
     return {"start": _near(model), "points": 3, "beyond": 0.0}
 
 
+def _last(model):
+    """Name the last two linear or convolutional layers; torch's own attention never calls its output layer."""
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [name for name, one in model.named_modules() if isinstance(one, kinds) and "out_proj" not in name]
+    return {"layers": names[-2:], "probes": 8}
+
+
 def _matched(model):
     return {"other": _near(model), "clusters": 2, "penalty": 0.9}
+
+
+def _slice(model):
+    """Vary the largest inputs along every 40th of their entries: all would take a second."""
+    return {"directions": torch.eye(784)[::40]} if isinstance(model, LeNet) else {}
 
 
 # Method -> name of a variant -> its zoo models (None: all) and its options.
@@ -90,12 +103,15 @@ VARIANTS = {
     "convergent-learning": {"": (None, _matched)},
     "hessian-spectrum": {"": (None, _dense), "Iterative": (("twice-used",), _iterative)},
     "functional-dimension": {"": (None, _some)},
+    "interaction-basis": {"": (None, _last)},
     "information-plane": {"": (None, lambda model: {"bins": 30, "noise": 1.0})},
     "opposing-signals": {"": (None, lambda model: {"steps": 3, "learning_rate": 0.5})},
     "flatness-not-sufficient": {"": (None, lambda model: {"products": 9})},
     "no-tight-bounds": {"": (None, lambda model: {"draws": 1})},
     "effective-model-complexity": {"": (None, _short)},
     "intrinsic-dimension": {"": (None, _coordinates)},
+    "nfl-kolmogorov": {"": (None, lambda model: {"epochs": 1, "start": 4, "growth": 2.0})},
+    "nn-as-decision-tree": {"": (None, _slice)},
     "sgd-linear-stability": {"": (None, lambda model: {"exact_below": 20})},
 }
 

@@ -10,7 +10,7 @@ import json
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,7 +61,6 @@ class Entry:
             )
         return importlib.import_module(self.module)
 
-
     def example(self) -> str:
         """Return the example in the docstring of the method, without importing it.
 
@@ -75,9 +74,10 @@ class Entry:
             return ""
         for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
             if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == self.card["provides"][0]:
-                _, found, text = (ast.get_docstring(node) or "").partition("\nExamples:\n")
+                text = (ast.get_docstring(node) or "").partition("\nExamples:\n")[2]
                 lines = takewhile(lambda line: not line or line.startswith(" "), text.splitlines())
-                return textwrap.dedent("\n".join(lines)).strip() if found else ""
+                code = dropwhile(lambda line: not line.lstrip().startswith(">>>"), lines)
+                return textwrap.dedent("\n".join(code)).strip()
         return ""
 
 

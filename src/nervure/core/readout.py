@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nervure._kit import BadData, UsageError
+from nervure.core import rng
 
 Kind = Literal["ridge", "logistic", "nearest-mean", "nearest-neighbours"]
 KINDS: tuple[Kind, ...] = ("ridge", "logistic", "nearest-mean", "nearest-neighbours")
@@ -78,11 +79,12 @@ def _rows(features: Tensor) -> Any:
 
 
 def _estimator(kind: Kind) -> Any:
-    # Imported here: scikit-learn takes longer to import than most of what is fitted with it.
-    from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
-    from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    # Imported here: scikit-learn takes longer to import than most of what is fitted with it. The import draws numbers.
+    with rng.scope():
+        from sklearn.linear_model import LogisticRegression, RidgeClassifierCV
+        from sklearn.neighbors import KNeighborsClassifier, NearestCentroid
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
 
     heads: dict[Kind, Any] = {
         "ridge": RidgeClassifierCV(alphas=PENALTIES),
