@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -172,12 +173,13 @@ def winning_ticket(ctx: Ctx) -> None:
     LeNet-300-100, Adam 1.2e-3, batch 64, 1000 steps a round; 8 rounds drop 40% of each layer and 20% of the output
     layer. The arms are compared at the first density of 5% or less (about 4.8%).
     """
-    steps, rounds = ctx.scaled(1000, 120), ctx.scaled(8, 6)
+    steps = ctx.scaled(1000, 120)
     data = ctx.data("fashion-mnist")
     model = ctx.model("lenet-300-100", data=data)
     start = snapshot(model)
+    compared = next(n for n in itertools.count(1) if allocate.density_after(model, rate=0.4, rounds=n) <= 0.05)
+    rounds = max(ctx.scaled(8, 6), compared)
     ctx.plan((rounds + 4) * steps)
-    compared = next(n for n in range(1, rounds + 1) if allocate.density_after(model, rate=0.4, rounds=n) <= 0.05)
     arms = {0: "dense", compared: "ticket"}
 
     def watch(net: nn.Module, part: int) -> list[object]:
