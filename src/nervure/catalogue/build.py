@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import json
+import textwrap
+from itertools import dropwhile, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,25 @@ def read_claims(tree: ast.Module, card: Card, path: Path) -> list[dict[str, Any]
     return claims
 
 
+def read_example(tree: ast.Module, card: Card) -> str:
+    """Read the example in the docstring of the first name a card provides.
+
+    Args:
+        tree: The parsed file.
+        card: Its card.
+
+    Returns:
+        Lines of Python and what they print, from the first prompt on; empty where there are none.
+    """
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name in card.provides[:1]:
+            text = (ast.get_docstring(node) or "").partition("\nExamples:\n")[2]
+            lines = takewhile(lambda line: not line or line.startswith(" "), text.splitlines())
+            code = dropwhile(lambda line: not line.lstrip().startswith(">>>"), lines)
+            return textwrap.dedent("\n".join(code)).strip()
+    return ""
+
+
 def check_names(tree: ast.Module, card: Card, path: Path) -> None:
     """Check that a file defines what its card provides.
 
@@ -124,7 +145,10 @@ def build() -> list[dict[str, Any]]:
             values = {**card.to_json(), "title": card.title}
             for name in ("year", "link"):
                 values[name] = values[name] or (paper[name] if paper else None)
-            index[card.id] = {"card": values, "module": module, "claims": read_claims(tree, card, path)}
+            claims = read_claims(tree, card, path)
+            index[card.id] = {
+                "card": values, "module": module, "claims": claims, "example": read_example(tree, card)
+            }  # fmt: skip
     for paper in papers.values():
         if paper["id"] not in index:
             index[paper["id"]] = {"card": Card(**paper).to_json(), "module": None, "claims": []}

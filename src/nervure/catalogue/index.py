@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
-import importlib.util
 import json
-import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import dropwhile, takewhile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,11 +26,13 @@ class Entry:
         card: The card's fields, as in `nervure.spec.Card`.
         module: Module that defines the method, or None while the paper is not yet runnable.
         claims: For each claim its name, statement, minutes and seeds.
+        example: The example in the method's docstring: lines of Python and what they print.
     """
 
     card: Mapping[str, Any]
     module: str | None
     claims: tuple[Mapping[str, Any], ...] = ()
+    example: str = ""
 
     @property
     def id(self) -> str:
@@ -61,25 +59,6 @@ class Entry:
             )
         return importlib.import_module(self.module)
 
-    def example(self) -> str:
-        """Return the example in the docstring of the method, without importing it.
-
-        Returns:
-            Lines of Python and what they print; empty where there is none.
-        """
-        if self.module is None:
-            return ""
-        spec = importlib.util.find_spec(self.module)
-        if spec is None or spec.origin is None:
-            return ""
-        for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == self.card["provides"][0]:
-                text = (ast.get_docstring(node) or "").partition("\nExamples:\n")[2]
-                lines = takewhile(lambda line: not line or line.startswith(" "), text.splitlines())
-                code = dropwhile(lambda line: not line.lstrip().startswith(">>>"), lines)
-                return textwrap.dedent("\n".join(code)).strip()
-        return ""
-
 
 @functools.cache
 def published() -> dict[str, dict[str, Any]]:
@@ -93,7 +72,7 @@ def published() -> dict[str, dict[str, Any]]:
 
 
 def _entry(value: Mapping[str, Any]) -> Entry:
-    return Entry(value["card"], value["module"], tuple(value["claims"]))
+    return Entry(value["card"], value["module"], tuple(value["claims"]), value.get("example", ""))
 
 
 @functools.cache
