@@ -18,6 +18,7 @@ PACKAGES = frozenset(
         "compress",
         "core",
         "data",
+        "feed",
         "init",
         "inspect",
         "kernels",

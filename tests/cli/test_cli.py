@@ -191,6 +191,7 @@ def test_names_from_outside_are_escaped_in_the_page(here):
             ),
             "plot": "<svg></svg>",
             "time_plot": "",
+            "cost_plot": "",
             "environment": {"<b>": "<i>"},
             "raw": "</pre><script>",
         },

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from nervure.report import Board, case_tables, leaderboard_files, no_faster
-from nervure.report.plots import layers_plot, share_plot, time_plot
+from nervure.report.plots import kept_plot, share_plot, time_plot
 from nervure.spec import Job, Measurement, Record, Status
 
 COLUMNS = {"ms_64": "ms, batch 64", "nonzero_macs": "MACs, nonzero", "agreement": "agrees with dense"}
@@ -59,8 +59,8 @@ def test_plots_show_each_arm_and_an_emptied_layer():
     made = tables()
     assert share_plot(made, "accuracy").startswith("<svg")
     assert time_plot(made).startswith("<svg")
-    assert layers_plot(made[0], "kept: ").startswith("<svg")
-    assert layers_plot(made[0], "elsewhere: ") == ""
+    assert kept_plot(made[0], "kept: ").startswith("<svg")
+    assert kept_plot(made[0], "elsewhere: ") == ""
 
 
 def test_the_page_tells_what_saves_nothing_and_escapes_names(tmp_path):
@@ -82,7 +82,7 @@ def test_the_page_tells_what_saves_nothing_and_escapes_names(tmp_path):
     assert "nothing</th>" not in page
     assert "agrees with dense</th>" not in page
     assert "<script>" not in page
-    assert len(re.findall("<svg", page)) == 4
+    assert len(re.findall("<svg", page)) == 5
 
 
 def test_without_other_metrics_the_page_is_the_leaderboard_alone(tmp_path):

@@ -18,8 +18,9 @@ from nervure.app.contests import contest_board
 from nervure.arena import find_claim, prune
 from nervure.arena.contest import CONTESTS, contest
 from nervure.catalogue import Entry, entries
+from nervure.feed import matches
 from nervure.report import Board
-from nervure.spec import Job, Record, Status, Verdict, canonical_json
+from nervure.spec import Job, Paper, Record, Status, Verdict, canonical_json
 from nervure.stats import verdict
 from nervure.stats.table import newest
 from nervure.store import Store
@@ -94,6 +95,11 @@ class Run:
     def quick(self) -> bool:
         """Return whether it is a rehearsal."""
         return bool(self.params.get("quick"))
+
+    @property
+    def as_claimed(self) -> bool:
+        """Return whether it is a claim in full, on the data it was set up for."""
+        return self.kind == "claim" and not self.params
 
     @property
     def started(self) -> str:
@@ -240,7 +246,7 @@ class Library:
         return contest_board(contest(run.name), self.records(run))
 
     def outcomes(self, entry: Entry) -> dict[str, str]:
-        """Return what the claims of a paper came to here, in their last full run.
+        """Return what the claims of a paper came to here, in full and on their own data.
 
         Args:
             entry: The paper.
@@ -251,9 +257,22 @@ class Library:
         found: dict[str, str] = {}
         names = {f"claim:{entry.id}/{claim['name']}": claim["name"] for claim in entry.claims}
         for run in [one for one in self._runs.values() if one.setting.target in names]:
-            if not run.quick:
+            if run.as_claimed:
                 found[names[run.setting.target]] = str(self.verdict(run).outcome)
         return found
+
+    def papers(self, *, query: str = "", family: str | None = None, limit: int | None = None) -> list[Paper]:
+        """Return the papers that feeds told of, the best first.
+
+        Args:
+            query: Words that must all be in a paper; each may end anywhere.
+            family: Only those of this family.
+            limit: How many at most.
+
+        Returns:
+            The papers.
+        """
+        return self._store.papers.ranked(limit=limit, family=family, keep=lambda paper: matches(query, paper))
 
     def pages(self, kind: Literal["audit", "landscape"]) -> list[str]:
         """Return the names of the audits or landscapes in the report folder, the newest first.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -18,13 +19,21 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def progress(title: str, *, silent: bool) -> Iterator[Callable[[Event], None]]:
+def progress(title: str, *, silent: bool, events: bool = False) -> Iterator[Callable[[Event], None]]:
     """Show a bar with the time left on a terminal, or a line now and then where there is none.
+
+    Args:
+        title: What is done.
+        silent: Show nothing.
+        events: Print every event on standard output as a line of JSON instead.
 
     Yields:
         What to call with every event.
     """
     console = Console(stderr=True)
+    if events:
+        yield lambda event: print(json.dumps(event.to_json()), flush=True)
+        return
     if silent:
         yield lambda event: None
         return

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
-from nervure.audit import Audit, Finding
+from nervure.audit import Audit
 from nervure.report.export import as_json, plain, render, write
-from nervure.report.plots import svg
-
-SHOWN = 40
+from nervure.report.plots import layers_plot
 
 
 def audit_files(audit: Audit, folder: Path, *, command: str, environment: Mapping[str, str]) -> list[Path]:
@@ -36,7 +31,7 @@ def audit_files(audit: Audit, folder: Path, *, command: str, environment: Mappin
             "title": f"Audit of {audit.model}",
             "audit": audit,
             "counts": counts(audit),
-            "plots": {finding.check: layers_plot(finding) for finding in audit.findings if len(finding.layers) > 1},
+            "plots": layer_plots(audit),
             "command": command,
             "environment": dict(environment),
             "raw": as_json(audit.to_json()),
@@ -54,31 +49,16 @@ def counts(audit: Audit) -> dict[str, int]:
     return {level: count for level, count in found.items() if count}
 
 
-def layers_plot(finding: Finding) -> str:
-    """Draw a finding's number of every layer as bars, on a logarithmic axis where they differ a hundredfold.
+def layer_plots(audit: Audit) -> dict[str, str]:
+    """Return a plot of every check that looked at more than one layer.
 
     Args:
-        finding: With numbers by layer.
+        audit: The findings.
 
     Returns:
-        The SVG text.
+        Check -> SVG text.
     """
-    shown = dict(list(finding.layers.items())[:SHOWN])
-    values = [value if math.isfinite(value) else 0.0 for value in shown.values()]
-    figure = Figure(figsize=(7.2, 0.6 + 0.19 * len(shown)))
-    ax = figure.subplots()
-    places = range(len(shown))[::-1]
-    ax.barh(list(places), values, color="#2f6f4f", height=0.7)
-    ax.set_yticks(list(places), list(shown), fontsize=6)
-    positive = [value for value in values if value > 0]
-    if positive and len(positive) == len(values) and max(positive) > 100 * min(positive):
-        ax.set_xscale("log")
-    ax.set_xlabel(finding.unit + (f" (the first {SHOWN} layers)" if len(finding.layers) > SHOWN else ""), fontsize=8)
-    ax.tick_params(axis="x", labelsize=7)
-    for side in ("right", "top"):
-        ax.spines[side].set_visible(False)
-    figure.tight_layout()
-    return svg(figure)
+    return {one.check: layers_plot(one.layers, one.unit) for one in audit.findings if len(one.layers) > 1}
 
 
 def _csv(audit: Audit) -> str:

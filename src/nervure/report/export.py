@@ -163,15 +163,16 @@ def board_parts(board: Board) -> dict[str, Any]:
         board: The comparison.
 
     Returns:
-        ``plot``, ``time_plot``, ``layers`` by case as SVG text, and ``no_faster``: the entrants by case that save no
-        time.
+        ``plot``, ``time_plot``, ``cost_plot`` and ``layers`` by case as SVG text, and ``no_faster``: the entrants by
+        case that save no time.
     """
     tables, metric = board.tables, board.metric
     smaller = bool(tables and tables[0].unit)
     return {
         "plot": plots.share_plot(tables, metric) if smaller else plots.cases_plot(tables, metric),
-        "time_plot": plots.time_plot(tables) if "ms_64" in board.shown_columns else "",
-        "layers": {table.case: plots.layers_plot(table, board.layers) if board.layers else "" for table in tables},
+        "time_plot": plots.time_plot(tables),
+        "cost_plot": plots.cost_plot(tables, metric),
+        "layers": {table.case: plots.kept_plot(table, board.layers) if board.layers else "" for table in tables},
         "no_faster": {table.case: no_faster(table) for table in tables},
     }
 

@@ -85,6 +85,7 @@ class CaseTable:
         levels: The arms that keep everything and therefore stand in every case, such as the dense network.
         means: Arm -> metric -> mean over the seeds, of whatever else was measured.
         baseline: The arm the others are compared with.
+        ends: Arm -> metric -> (low, high) of the 95% interval of that mean.
     """
 
     case: str
@@ -96,6 +97,7 @@ class CaseTable:
     levels: list[str] = field(default_factory=list)
     means: dict[str, dict[str, float]] = field(default_factory=dict)
     baseline: str = ""
+    ends: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def heading(self) -> str:
@@ -205,9 +207,11 @@ def _table(
     measured = arm_rows(ranked)
     spread = {row.arm: (row.mean, row.low, row.high) for row in measured if row.metric == metric}
     means: dict[str, dict[str, float]] = {}
+    ends: dict[str, dict[str, tuple[float, float]]] = {}
     for row in measured:
         means.setdefault(row.arm, {})[row.metric] = row.mean
-    return CaseTable(case, "", math.nan, rows, spread, problems, [], means, against)
+        ends.setdefault(row.arm, {})[row.metric] = (row.low, row.high)
+    return CaseTable(case, "", math.nan, rows, spread, problems, [], means, against, ends)
 
 
 def no_faster(table: CaseTable, *, against: str = "dense", by: float = 0.05) -> list[str]:

@@ -3,6 +3,7 @@
 from nervure.spec.card import FAMILIES, PROTOCOLS, Card
 from nervure.spec.claim import Check, Claim, claim, claims_of
 from nervure.spec.job import Job, Measurement, Notes, Record, Status, canonical_json
+from nervure.spec.paper import Paper, arxiv_id
 from nervure.spec.protocols import (
     Batch,
     Budget,
@@ -34,6 +35,7 @@ __all__ = [
     "Measurement",
     "Notes",
     "Outcome",
+    "Paper",
     "Pruner",
     "Record",
     "Searcher",
@@ -41,6 +43,7 @@ __all__ = [
     "Task",
     "TrainingRule",
     "Verdict",
+    "arxiv_id",
     "canonical_json",
     "claim",
     "claims_of",

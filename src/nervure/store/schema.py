@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from nervure._kit import StoreError
 
-HEAD = "0002"
+HEAD = "0003"
 VERSION_TABLE = "nervure_version"
 # Any constant will do: it names the lock under which two processes do not migrate one PostgreSQL database at once.
 _MIGRATION_LOCK = 7310294
@@ -48,6 +48,44 @@ leases = sa.Table(
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("born", sa.Text, nullable=False),
     sa.Column("renewed", sa.Double, nullable=False),
+)
+papers = sa.Table(
+    "nervure_papers",
+    metadata,
+    sa.Column("id", sa.String(80), primary_key=True),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("title", sa.Text, nullable=False),
+    sa.Column("link", sa.Text, nullable=False),
+    sa.Column("summary", sa.Text, nullable=False),
+    sa.Column("published", sa.Text, nullable=False),
+    sa.Column("votes", sa.Integer),
+    sa.Column("family", sa.Text, nullable=False),
+    sa.Column("score", sa.Double, nullable=False),
+    # ISO 8601 in UTC of one length, so that the order of the text is that of the time.
+    sa.Column("first_seen", sa.String(20), nullable=False),
+)
+mailings = sa.Table(
+    "nervure_mailings",
+    metadata,
+    sa.Column("address", sa.Text, primary_key=True),
+    sa.Column("paper_id", sa.String(80), sa.ForeignKey(papers.c.id), primary_key=True),
+    sa.Column("mailed", sa.String(20), nullable=False),
+)
+subscriptions = sa.Table(
+    "nervure_subscriptions",
+    metadata,
+    sa.Column("query", sa.Text, primary_key=True),
+    sa.Column("since", sa.String(20), nullable=False),
+)
+feeds = sa.Table(
+    "nervure_feeds",
+    metadata,
+    sa.Column("url", sa.Text, primary_key=True),
+    sa.Column("etag", sa.Text, nullable=False),
+    sa.Column("last_modified", sa.Text, nullable=False),
+    # Seconds since 1970: when it was last asked for, and before when it is not asked again.
+    sa.Column("fetched", sa.Double, nullable=False),
+    sa.Column("next_try", sa.Double, nullable=False),
 )
 
 
