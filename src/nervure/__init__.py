@@ -16,6 +16,7 @@ PACKAGES = frozenset(
         "arena",
         "catalogue",
         "compress",
+        "connect",
         "core",
         "data",
         "feed",

@@ -135,11 +135,8 @@ def test_a_store_of_the_second_revision_is_upgraded_and_keeps_its_leases(tmp_pat
     raw.close()
 
 
-def test_papers_in_postgresql_if_there_is_one():
-    address = os.environ.get("NERVURE_TEST_POSTGRESQL")
-    if not address:
-        pytest.skip("no PostgreSQL server is named in NERVURE_TEST_POSTGRESQL")
-    with Store.open(address) as store:
+def test_papers_in_postgresql(database):
+    with Store.open(database) as store:
         number = os.getpid()
         assert store.papers.add([paper(number)]) == [f"arxiv:{number}"]
         assert store.papers.add([paper(number, votes=5)]) == []

@@ -50,17 +50,11 @@ def path(tmp_path):
     return tmp_path / "deep" / "store.db"
 
 
-@pytest.fixture
-def store(path):
-    with Store.open(path) as opened:
-        yield opened
-
-
-def test_records_come_back_as_they_were(store, path):
+def test_records_come_back_as_they_were(store, where):
     written = [record(0), record(2**63 - 1, Status.DIVERGED), record(1, measurements=())]
     assert [store.add(one) for one in written] == [True, True, True]
     assert store.records() == written
-    with Store.open(path) as again:
+    with Store.open(where) as again:
         assert again.records(target="claim:a/b") == written
         assert again.records(target="other") == []
         assert again.records(job_ids=[written[1].job.id, "unknown"]) == [written[1]]
@@ -94,8 +88,8 @@ def test_a_done_job_is_never_stored_twice_and_a_failed_one_may_be_retried(store)
     assert store.done([failed.job.id]) == {failed.job.id}
 
 
-def test_leases(path):
-    with Store.open(path) as one, Store.open(path) as two:
+def test_leases(where):
+    with Store.open(where) as one, Store.open(where) as two:
         assert one.lease("a")
         assert one.lease("a")
         assert not two.lease("a")
@@ -108,8 +102,8 @@ def test_leases(path):
         two.close()
 
 
-def test_no_lease_on_a_job_that_is_done_and_adding_gives_it_back(path):
-    with Store.open(path) as one, Store.open(path) as two:
+def test_no_lease_on_a_job_that_is_done_and_adding_gives_it_back(where):
+    with Store.open(where) as one, Store.open(where) as two:
         assert one.lease(record(0).job.id)
         one.add(record(0, Status.FAILED))
         assert two.lease(record(0).job.id)
@@ -118,8 +112,8 @@ def test_no_lease_on_a_job_that_is_done_and_adding_gives_it_back(path):
         assert not two.lease(record(0).job.id)
 
 
-def test_a_silent_lease_is_taken_over_and_a_renewed_one_is_not(path):
-    with Store.open(path) as one, Store.open(path) as two:
+def test_a_silent_lease_is_taken_over_and_a_renewed_one_is_not(where):
+    with Store.open(where) as one, Store.open(where) as two:
         one._silence = two._silence = 0.4
         assert one.lease("a")
         waits = [threading.Event().wait(0.3) or two.lease("a") for _ in range(4)]
@@ -139,35 +133,35 @@ time.sleep(60)
 """
 
 
-def test_the_lease_of_a_killed_process_is_free_at_once(path):
-    holder = subprocess.Popen([sys.executable, "-c", LEASE_AND_WAIT, str(path)], stdout=subprocess.PIPE, text=True)
+def test_the_lease_of_a_killed_process_is_free_at_once(where):
+    holder = subprocess.Popen([sys.executable, "-c", LEASE_AND_WAIT, str(where)], stdout=subprocess.PIPE, text=True)
     with holder:
         assert holder.stdout.readline() == "True\n"
-        with Store.open(path) as store:
+        with Store.open(where) as store:
             assert not store.lease("a")
             holder.kill()
             holder.wait()
             assert store.lease("a")
 
 
-def test_a_number_given_to_a_new_process_does_not_keep_a_lease(path):
-    with Store.open(path) as one, Store.open(path) as two:
+def test_a_number_given_to_a_new_process_does_not_keep_a_lease(where):
+    with Store.open(where) as one, Store.open(where) as two:
         one.lease("a")
         with one._engine.begin() as connection:
             connection.execute(schema.leases.update().values(born="1"))
         assert two.lease("a")
 
 
-def test_a_lease_of_another_machine_lives_until_it_is_silent(path):
-    with Store.open(path) as one, Store.open(path) as two:
+def test_a_lease_of_another_machine_lives_until_it_is_silent(where):
+    with Store.open(where) as one, Store.open(where) as two:
         one.lease("a")
         with one._engine.begin() as connection:
             connection.execute(schema.leases.update().values(machine="other", pid=2**22 + 1))
         assert not two.lease("a")
 
 
-def test_a_store_nobody_closed_stops_its_thread(path):
-    store = Store.open(path)
+def test_a_store_nobody_closed_stops_its_thread(where):
+    store = Store.open(where)
     store.lease("a")
     beat, engine = store._beat, store._engine
     del store
@@ -185,10 +179,10 @@ def hammer(path, barrier, queue):
     queue.put((won, won_leases))
 
 
-def test_four_processes_create_one_store_together_and_nothing_is_lost_or_doubled(path):
+def test_four_processes_create_one_store_together_and_nothing_is_lost_or_doubled(where):
     spawn = multiprocessing.get_context("spawn")
     barrier, queue = spawn.Barrier(4), spawn.Queue()
-    workers = [spawn.Process(target=hammer, args=(path, barrier, queue)) for _ in range(4)]
+    workers = [spawn.Process(target=hammer, args=(where, barrier, queue)) for _ in range(4)]
     for worker in workers:
         worker.start()
     won = [queue.get(timeout=60) for _ in workers]
@@ -197,7 +191,7 @@ def test_four_processes_create_one_store_together_and_nothing_is_lost_or_doubled
     queue.close()
     queue.join_thread()
     assert [sum(column) for column in zip(*won, strict=True)] == [40, 40]
-    with Store.open(path) as store:
+    with Store.open(where) as store:
         assert sorted(one.job.seed for one in store.records(history=True)) == list(range(40))
         assert store.records()[0] == record(store.records()[0].job.seed)
 
@@ -222,17 +216,45 @@ def test_a_store_of_the_first_revision_is_upgraded_with_its_records(tmp_path):
         assert len(store.records()) == 4
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_store_of_the_second_revision_is_upgraded_with_its_records(tmp_path, again):
+    mine = tmp_path / "old.db"
+    shutil.copy(OLD.with_name("0002.db"), mine)
+    written = json.loads(OLD.with_name("0002.json").read_text())
+    with sqlite3.connect(mine) as raw:
+        assert raw.execute("SELECT version_num FROM nervure_version").fetchone() == ("0002",)
+    raw.close()
+    if again:
+        Store.open(mine).close()
+    with Store.open(mine) as store:
+        assert [one.to_json() for one in store.records(history=True)] == written
+        assert [one["status"] for one in written] == ["failed", "done", "diverged", "done", "over-budget"]
+        assert len(written[0]["measurements"]) == 24
+        # The process that had it is long silent.
+        assert store.lease("0123456789abcdef0123")
+        assert store.papers.ranked() == []
+        assert store.add(record(0))
+        with store._engine.connect() as connection:
+            assert schema.revision(connection) == schema.HEAD
+
+
 def test_the_tables_of_the_code_are_those_of_the_migrations(store):
     scripts = ScriptDirectory(str(Path(package.__file__).parent / "migrations"))
     assert scripts.get_current_head() == schema.HEAD
-    inspector = sa.inspect(store._engine)
+    inspector, dialect = sa.inspect(store._engine), store._engine.dialect
     assert set(inspector.get_table_names()) == {*schema.metadata.tables, schema.VERSION_TABLE}
     for table in schema.metadata.tables.values():
         there = {column["name"]: column for column in inspector.get_columns(table.name)}
         assert list(there) == [column.name for column in table.columns]
         for column in table.columns:
-            assert str(there[column.name]["type"]) == str(column.type)
+            assert there[column.name]["type"].compile(dialect) == column.type.compile(dialect)
             assert there[column.name]["nullable"] == column.nullable
+        keys = inspector.get_pk_constraint(table.name)["constrained_columns"]
+        assert keys == [column.name for column in table.primary_key]
+        links = {
+            (*link["constrained_columns"], link["referred_table"]) for link in inspector.get_foreign_keys(table.name)
+        }
+        assert links == {(link.parent.name, link.column.table.name) for link in table.foreign_keys}
 
 
 def test_a_newer_store_is_refused_and_not_touched(path):
@@ -349,23 +371,23 @@ def test_addresses(monkeypatch, tmp_path):
         assert default_path() == tmp_path / "data" / "nervure" / "store.db"
 
 
+@pytest.mark.parametrize(
+    "address", ["postgresql+psycopg://me:secret@host:5433/runs?sslmode=require", "sqlite:////a/b.db"]
+)
+def test_an_address_in_the_environment_stays_as_it_is(address, monkeypatch):
+    monkeypatch.setenv("NERVURE_STORE", address)
+    assert str(default_path()) == address
+
+
+def test_a_name_that_not_every_database_takes_is_refused(store):
+    for name in ("a\0", "a\ud800"):
+        with pytest.raises(StoreError, match="databases do not take"):
+            store.add(record(measurements=(Measurement(arm="ours", metric=name, value=1.0),)))
+    assert store.records() == []
+
+
 def test_this_process_is_alive_and_a_dead_one_is_not():
     assert leases.born(os.getpid())
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     assert leases.born(child.pid) is None
-
-
-def test_it_works_as_a_store_of_postgresql_if_there_is_one():
-    address = os.environ.get("NERVURE_TEST_POSTGRESQL")
-    if not address:
-        pytest.skip("no PostgreSQL server is named in NERVURE_TEST_POSTGRESQL")
-    with Store.open(address) as one, Store.open(address) as two:
-        clean = record(os.getpid())
-        assert one.lease(clean.job.id)
-        assert not two.lease(clean.job.id)
-        assert one.add(clean)
-        assert not two.add(clean)
-        assert not two.lease(clean.job.id)
-        assert two.records(job_ids=[clean.job.id]) == [clean]
-        assert two.done([clean.job.id]) == {clean.job.id}

@@ -72,22 +72,17 @@ def surface():
     }  # fmt: skip
 
 
-@pytest.fixture
-def reports(tmp_path):
-    folder = tmp_path / "reports"
-    folder.mkdir()
+def fill(folder):
+    """Write a store and a report folder."""
+    reports = folder / "reports"
+    reports.mkdir()
     for name in ("one", "two"):
         text = {**dataclasses.asdict(audit(name if name == "one" else EVIL)), "command": EVIL, "environment": {}}
-        (folder / f"audit-{name}.json").write_text(json.dumps(text))
-    (folder / "landscape-net.json").write_text(json.dumps(surface()))
-    (folder / "audit-secret of others.json").write_text("{}")
-    (tmp_path / "audit-outside.json").write_text("{}")
-    return folder
-
-
-@pytest.fixture
-def store(tmp_path):
-    with Store.open(tmp_path / "store.db") as opened:
+        (reports / f"audit-{name}.json").write_text(json.dumps(text))
+    (reports / "landscape-net.json").write_text(json.dumps(surface()))
+    (reports / "audit-secret of others.json").write_text("{}")
+    (folder / "audit-outside.json").write_text("{}")
+    with Store.open(folder / "store.db") as opened:
         for seed in range(3):
             opened.add(claim_record(seed))
             opened.add(claim_record(seed, quick=True, lift=-0.2))
@@ -98,6 +93,22 @@ def store(tmp_path):
         opened.add(broken_record())
         told = Paper(id="x:1", source="https://feed.example", title=EVIL, link="https://paper.example", family="train")
         opened.papers.add([told])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def filled():
+    return fill
+
+
+@pytest.fixture
+def reports(tmp_path):
+    return fill(tmp_path) / "reports"
+
+
+@pytest.fixture
+def store(reports):
+    with Store.open(reports.parent / "store.db") as opened:
         yield opened
 
 

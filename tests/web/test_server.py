@@ -231,12 +231,12 @@ def event(share, kind="progress"):
     return json.dumps({**body, "status": None, "error": None}).encode() + b"\n"
 
 
-def follow(client, launcher, monkeypatch, process):
+def follow(client, monkeypatch, *said):
     words = []
 
     async def begin(*command, **options):
         words.extend(command)
-        return process
+        return Said(*said)
 
     monkeypatch.setattr(asyncio, "create_subprocess_exec", begin)
     answer = client.post("/start", data={"secret": token(client), "what": f"run {CLAIM}"}, follow_redirects=False)
@@ -246,9 +246,9 @@ def follow(client, launcher, monkeypatch, process):
     return words, told, answer.headers["location"]
 
 
-def test_a_started_run_is_followed_to_its_end(client, launcher, monkeypatch):
-    process = Said([b"noise of a library\n", event(0.4), event(1.0, "ended")], 0)
-    words, told, page = follow(client, launcher, monkeypatch, process)
+def test_a_started_run_is_followed_to_its_end(client, monkeypatch):
+    lines = [b"noise of a library\n", event(0.4), event(1.0, "ended")]
+    words, told, page = follow(client, monkeypatch, lines, 0)
     assert words[2:5] == ["nervure.cli", "run", CLAIM]
     assert "--events" in words
     assert told[-1]["state"] == "done"
@@ -258,8 +258,8 @@ def test_a_started_run_is_followed_to_its_end(client, launcher, monkeypatch):
     assert "Stop it" not in client.get(page).text
 
 
-def test_a_run_that_cannot_run_says_why(client, launcher, monkeypatch):
-    _, told, page = follow(client, launcher, monkeypatch, Said([], 3, b"nervure: no disk <b>\n"))
+def test_a_run_that_cannot_run_says_why(client, monkeypatch):
+    _, told, page = follow(client, monkeypatch, [], 3, b"nervure: no disk <b>\n")
     assert told[-1]["state"] == "could not run"
     assert told[-1]["error"] == "nervure: no disk <b>"
     assert "no disk &lt;b&gt;" in client.get(page).text

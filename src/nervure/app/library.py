@@ -26,8 +26,6 @@ from nervure.stats.table import newest
 from nervure.store import Store
 
 Kind = Literal["claim", "comparison", "other"]
-# How far back is looked for records that a concurrent writer numbered early and committed late.
-_OVERLAP = 500
 _PAGE_NAME = re.compile(r"(audit|landscape)-[A-Za-z0-9._-]+\Z")
 
 
@@ -143,7 +141,7 @@ class Library:
         self._store, self._reports = store, reports
         self._lock = threading.Lock()
         self._runs: dict[Setting, Run] = {}
-        self._seen: set[int] = set()
+        self._last = self._count = 0
         self._verdicts: dict[str, tuple[int, Verdict]] = {}
 
     @property
@@ -158,12 +156,10 @@ class Library:
             How many records there are: a number that grows when anything changes.
         """
         with self._lock:
-            last = max(self._seen, default=0)
-            for number, record in self._store.headers(after=last - _OVERLAP):
-                if number not in self._seen:
-                    self._seen.add(number)
-                    self._take(record)
-            return len(self._seen)
+            for number, record in self._store.headers(after=self._last):
+                self._last, self._count = number, self._count + 1
+                self._take(record)
+            return self._count
 
     def _take(self, record: Record) -> None:
         setting = Setting.of(record.job)

@@ -30,7 +30,8 @@ for _name, _where, _help in (
     ("audit", "auditing:audit", "Examine your network: what is its state, and which methods would help?"),
     ("landscape", "landscapes:landscape", "Draw the loss around your network, between networks, or along a run."),
     ("prune", "pruning:prune", "Make your network smaller: prune, fine-tune, verify, report, write."),
-    ("export", "running:export", "Write a verdict or leaderboard with its raw records as JSON, CSV and HTML."),
+    ("export", "running:export", "Write a verdict or leaderboard as JSON, CSV and HTML, or all pages as a site."),
+    ("web", "serving:web", "Serve the pages: papers, runs, leaderboards, networks."),
     ("data", "running:data", "Bring a data set into the cache and say what it holds."),
 ):
     app.command(f"nervure.cli.{_where}", name=_name, help=_help)
@@ -45,6 +46,25 @@ for _name, _help in (
 ):
     compare.command(f"nervure.cli.contests:{_name.replace('-', '_')}", name=_name, help=_help)
 app.command(compare)
+store = cyclopts.App(name="store", help="Look after stores: in a file, or in PostgreSQL for a team.")
+for _name, _help in (
+    ("copy", "Copy a store into another, such as a file into PostgreSQL; again adds what is new."),
+    ("check", "Look a store through and name what is wrong."),
+    ("prune", "Remove what nobody reads any more, or say what that would be."),
+):
+    store.command(f"nervure.cli.upkeep:{_name}", name=_name, help=_help)
+app.command(store)
+feed = cyclopts.App(name="feed", help="Follow public feeds of new papers.")
+for _name, _where, _help in (
+    ("pull", "pull", "Read the feeds; store what is new, placed in families and ranked."),
+    ("list", "list_", "List the papers that feeds told of, the best first."),
+    ("digest", "digest", "Mail the new papers that match a subscription, or the best ones."),
+    ("subscribe", "subscribe", "Ask to be told of papers that have all these words."),
+    ("unsubscribe", "unsubscribe", "Take a subscription back."),
+    ("subscriptions", "subscriptions", "List your subscriptions."),
+):
+    feed.command(f"nervure.cli.feeding:{_where}", name=_name, help=_help)
+app.command(feed)
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -29,9 +29,10 @@ def renew_forever(engine: sa.Engine, owner: str, stop: threading.Event, silence:
     while not stop.wait(silence / 4):
         try:
             with writing(engine) as connection:
-                connection.execute(
-                    leases.update().where(leases.c.owner == owner).values(renewed=clock(connection.dialect))
-                )
+                # A row that another transaction is giving back is skipped: to wait for it could be a deadlock.
+                mine = sa.select(leases.c.job_id).where(leases.c.owner == owner).with_for_update(skip_locked=True)
+                renewed = leases.update().where(leases.c.job_id.in_(mine), leases.c.owner == owner)
+                connection.execute(renewed.values(renewed=clock(connection.dialect)))
         except sa.exc.DBAPIError:
             # A missed beat is made up by the next. If none succeeds the leases expire, as they should.
             continue

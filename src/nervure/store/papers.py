@@ -79,10 +79,10 @@ class Papers:
         Returns:
             The ids of those that are new.
         """
-        new = []
+        new, now = [], stamp()
         with told(self._engine.url), writing(self._engine) as connection:
             for paper in papers:
-                row = asdict(paper) | {"first_seen": stamp()}
+                row = asdict(paper) | {"first_seen": now}
                 insert = _insert(connection, schema.papers).values(row).returning(schema.papers.c.id)
                 if connection.execute(insert).scalar() is not None:
                     new.append(paper.id)

@@ -7,7 +7,7 @@ import math
 import threading
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,18 +18,23 @@ from sqlalchemy.dialects import postgresql, sqlite
 from nervure._kit import StoreError
 from nervure.spec import Job, Measurement, Record, Status
 from nervure.store import leases
-from nervure.store.place import connect, default_path, told, writing
+from nervure.store.papers import Papers
+from nervure.store.place import connect, default_path, shown, told, writing
 from nervure.store.schema import leases as lease_table
 from nervure.store.schema import measurements, records
 
 _CHUNK = 500
+# Any constant will do, other than that of the migrations: it names the lock under which records are appended.
+_WRITERS_LOCK = 7310295
+# What a damaged record raises when it is read.
+UNREADABLE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class Store:
     """Keep Records. Open one with `Store.open`; it is a context manager.
 
-    A record is never changed or deleted. A job has at most one record that is done; a job that failed may be tried
-    again, and queries then give its newest record.
+    A record is never changed, and never deleted but by `nervure.store.prune`. A job has at most one record that is
+    done; a job that failed may be tried again, and queries then give its newest record.
 
     Args:
         engine: The engine of a database at the newest revision.
@@ -69,6 +74,17 @@ class Store:
         """
         return cls(connect(default_path() if where is None else where))
 
+    @property
+    def papers(self) -> Papers:
+        """Return the papers that feeds told of, with subscriptions and the state of each feed."""
+        return Papers(self._engine)
+
+    def targets(self) -> list[str]:
+        """Return every target that has a record."""
+        query = sa.select(records.c.target).distinct().order_by(records.c.target)
+        with told(self._engine.url), self._engine.connect() as connection:
+            return list(connection.execute(query).scalars())
+
     def add(self, record: Record) -> bool:
         """Append a record and give its job's lease back.
 
@@ -77,8 +93,19 @@ class Store:
 
         Returns:
             False if a record of this job is already done and this one, also done, was not needed.
+
+        Raises:
+            StoreError: If a name in it cannot be written.
         """
         job = record.job
+        names = (
+            job.target,
+            job.arm,
+            job.case,
+            *(name for one in record.measurements for name in (one.arm, one.metric)),
+        )
+        if wrong := next((name for name in names if not _writable(name)), None):
+            raise StoreError("a name holds a character that databases do not take", found=ascii(wrong))
         row = {
             "job_id": job.id,
             "target": job.target,
@@ -99,9 +126,7 @@ class Store:
             for position, point in enumerate(record.measurements)
         ]
         with told(self._engine.url), writing(self._engine) as connection:
-            new = connection.execute(_insert(connection, records).values(row).returning(records.c.id)).scalar()
-            if new is not None and points:
-                connection.execute(measurements.insert(), [{"record_id": new, **point} for point in points])
+            new = append(connection, row, points)
             self._release(connection, [job.id])
         return new is not None
 
@@ -151,8 +176,8 @@ class Store:
         """Return records without their measurements, for a view that follows what is written.
 
         Args:
-            after: Only records with a greater number. Writers of PostgreSQL may commit out of order: ask with some
-                overlap and skip the numbers you know.
+            after: Only records with a greater number. Records appear in the order of their numbers, from however
+                many writers, so nothing is missed by who asks for what comes after the last one seen.
 
         Returns:
             (number, record) in the order of the numbers, every record of every job.
@@ -237,22 +262,61 @@ class Store:
 
     def _record(self, row: Any, points: Sequence[Measurement]) -> Record:
         try:
-            body = json.loads(row.body)
-            return Record(
-                job=Job.from_json(body["job"]),
-                status=Status(row.status),
-                measurements=tuple(points),
-                cost=body["cost"],
-                warnings=tuple(body["warnings"]),
-                error=body["error"],
-                environment=body["environment"],
-                started=body["started"],
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            where = self._engine.url.render_as_string(hide_password=True)
+            return read(row, points)
+        except UNREADABLE as error:
             raise StoreError(
-                f"record {row.id} of the store cannot be read", found=f"{error!r} ({where})", try_="put a copy back"
+                f"record {row.id} of the store cannot be read",
+                found=f"{error!r} ({shown(self._engine.url)})",
+                try_="put a copy back; nervure store check tells what else is wrong",
             ) from error
+
+
+def read(row: Any, points: Sequence[Measurement]) -> Record:
+    """Return the record of a row; raises one of `UNREADABLE` if it is damaged.
+
+    Args:
+        row: A row of the table of records.
+        points: Its measurements.
+
+    Returns:
+        The record.
+    """
+    body = json.loads(row.body)
+    return Record(
+        job=Job.from_json(body["job"]),
+        status=Status(row.status),
+        measurements=tuple(points),
+        cost=body["cost"],
+        warnings=tuple(body["warnings"]),
+        error=body["error"],
+        environment=body["environment"],
+        started=body["started"],
+    )
+
+
+def append(connection: sa.Connection, row: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> int | None:
+    """Write a record and its measurements, unless its job is done already and it is done too.
+
+    Args:
+        connection: A connection in a writing transaction.
+        row: The values of the record, without a number.
+        points: The values of its measurements, without the record's number.
+
+    Returns:
+        The record's number, or None.
+    """
+    if connection.dialect.name == "postgresql":
+        # Writers take turns until they commit, as in SQLite: a smaller number never appears after a greater one.
+        connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
+    new = connection.execute(_insert(connection, records).values(row).returning(records.c.id)).scalar()
+    if new is not None and points:
+        connection.execute(measurements.insert(), [{"record_id": new, **point} for point in points])
+    return new
+
+
+def _writable(name: str) -> bool:
+    """Say whether both databases take a text: no zero byte, no half of a surrogate pair."""
+    return "\0" not in name and not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _body(record: Record) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import socket
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from nervure._kit import CouldNotRun
 from nervure.app.library import Library
 from nervure.web.launcher import Launcher
 from nervure.web.server import LOOPBACK, Server
+
+_TURN_SECONDS = 0.0005
 
 
 def serve(
@@ -59,9 +62,13 @@ def serve(
         server.app(), log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=2,
         timeout_keep_alive=15, limit_concurrency=1000, h11_max_incomplete_event_size=16 * 1024,
     )  # fmt: skip
+    before = sys.getswitchinterval()
+    # The thread that renders would keep the one that answers waiting for five milliseconds at every turn.
+    sys.setswitchinterval(_TURN_SECONDS)
     try:
         uvicorn.Server(config).run(sockets=[listener])
     finally:
+        sys.setswitchinterval(before)
         listener.close()
 
 

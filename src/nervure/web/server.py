@@ -10,10 +10,12 @@ import hashlib
 import hmac
 import json
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
@@ -38,14 +40,17 @@ _MOST_PAGES = 512
 _MOST_STREAMS = 256
 _LOOK_SECONDS = 1.0
 # How long a reader waits for the newest version of a page before getting the one before.
-_PATIENCE = 0.15
+_PATIENCE = 0.05
+# A page rests ten times as long as it took to render: 200 readers then wait for the renderer a tenth of the time.
+_RESTS = 10.0
 _HEADERS = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
         "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    # With no referrer at all a browser hides where its own forms come from, too.
+    "referrer-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
 }
@@ -61,18 +66,32 @@ class Rendered:
         packed: The bytes, gzipped.
         tag: Names them.
         version: Of the library they show.
+        rest: Until when it is good enough whatever changes, so that rendering takes a small share of the time.
     """
 
     plain: bytes
     packed: bytes
     tag: str
     version: int
+    rest: float = 0.0
 
     @classmethod
-    def of(cls, text: str, version: int) -> Rendered:
-        """Return a page ready to be sent."""
-        plain = text.encode()
-        return cls(plain, gzip.compress(plain, 6, mtime=0), f'"{hashlib.sha256(plain).hexdigest()[:20]}"', version)
+    def of(cls, make: Callable[[], str], *, version: int = 0, rests: float = 0.0) -> Rendered:
+        """Render a page and make it ready to be sent.
+
+        Args:
+            make: Returns its text.
+            version: Of the library it shows.
+            rests: How many times as long as it took to make it is good enough.
+
+        Returns:
+            The page.
+        """
+        begun = time.monotonic()
+        plain = make().encode()
+        packed, tag = gzip.compress(plain, 6, mtime=0), f'"{hashlib.sha256(plain).hexdigest()[:20]}"'
+        now = time.monotonic()
+        return cls(plain, packed, tag, version, now + rests * (now - begun))
 
 
 class Server:
@@ -106,7 +125,7 @@ class Server:
             self._page("/paper/{name}", lambda request: pages.paper(request.path_params["name"])),
             self._page("/runs", lambda _: pages.runs()),
             self._page("/run/{name}", lambda request: pages.run(request.path_params["name"])),
-            self._page("/run/{name}/part", lambda request: pages.run_part(request.path_params["name"])),
+            self._page("/run/{name}/part", lambda request: pages.run_part(request.path_params["name"]), rests=0),
             Route("/run/{name}/events", self._run_events),
             self._page("/leaderboards", lambda _: pages.leaderboards()),
             self._page("/networks", lambda _: pages.audits()),
@@ -157,22 +176,22 @@ class Server:
                 async with self._changed:
                     self._changed.notify_all()
 
-    def _page(self, path: str, make: Callable[[Request], str]) -> Route:
+    def _page(self, path: str, make: Callable[[Request], str], *, rests: float = _RESTS) -> Route:
         async def answer(request: Request) -> Response:
-            key = str(request.url.path) + "?" + request.url.query
-            return _respond(request, await self._rendered(key, lambda: make(request)))
+            key = f"{request.url.path}?{request.url.query}"
+            return _respond(request, await self._rendered(key, lambda: make(request), rests))
 
         return Route(path, answer)
 
-    async def _rendered(self, key: str, make: Callable[[], str]) -> Rendered:
+    async def _rendered(self, key: str, make: Callable[[], str], rests: float) -> Rendered:
         """Return a page from memory if nothing has changed, else render it, once for all who wait."""
         kept = self._kept.get(key)
-        if kept is not None and kept.version == self._version:
+        if kept is not None and (kept.version == self._version or time.monotonic() < kept.rest):
             self._kept.move_to_end(key)
             return kept
         task = self._rendering.get(key)
         if task is None:
-            task = asyncio.create_task(self._render(key, make))
+            task = asyncio.create_task(self._render(key, make, rests))
             self._rendering[key] = task
         if kept is not None:
             done, _ = await asyncio.wait({task}, timeout=_PATIENCE)
@@ -180,11 +199,11 @@ class Server:
                 return kept
         return await asyncio.shield(task)
 
-    async def _render(self, key: str, make: Callable[[], str]) -> Rendered:
+    async def _render(self, key: str, make: Callable[[], str], rests: float) -> Rendered:
         version = self._version
         try:
             work = asyncio.get_running_loop().run_in_executor
-            page = await work(self._renderer, lambda: Rendered.of(make(), version))
+            page = await work(self._renderer, lambda: Rendered.of(make, version=version, rests=rests))
         finally:
             del self._rendering[key]
         self._kept[key] = page
@@ -378,4 +397,4 @@ def _html(text: str, *, code: int = 200) -> Response:
 @functools.cache
 def _static_files() -> dict[str, Rendered]:
     """Return the files pages load, read once; only these names are answered."""
-    return {name: Rendered.of(text, 0) for name, text in statics.files().items()}
+    return {name: Rendered.of(partial(str, text)) for name, text in statics.files().items()}
