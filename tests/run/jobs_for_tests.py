@@ -28,6 +28,18 @@ def work(job, progress, notes):
             os._exit(7)
         case "kill":
             os.kill(os.getpid(), 9)
+        case "kill once":
+            marker = Path(params["marker"])
+            if not marker.exists():
+                marker.touch()
+                os.kill(os.getpid(), 9)
+        case "meet":
+            # Go on when as many jobs are here at the same time.
+            end = time.monotonic() + 30
+            while Path(params["log"]).read_text().count("begin") < params["guests"]:
+                if time.monotonic() > end:
+                    raise TimeoutError
+                time.sleep(0.02)
         case "orphan":
             # A forked child holds the worker's pipes open when the worker dies.
             if os.fork() == 0:
@@ -52,6 +64,7 @@ def work(job, progress, notes):
             import torch
 
             notes.cost["threads"] = float(torch.get_num_threads())
+            notes.warnings.append(os.getcwd())
     end = time.monotonic() + params.get("seconds", 0)
     while time.monotonic() < end:
         progress(1 - (end - time.monotonic()) / params["seconds"], "working")

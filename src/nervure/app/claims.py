@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nervure._kit import BadData, CouldNotRun, UsageError
-from nervure.app.jobs import OnEvent, do
+from nervure.app.jobs import ANY, OnEvent, do
 from nervure.arena import find_claim
 from nervure.core.factory import fingerprint
 from nervure.data import fetch_fashion_mnist, names
 from nervure.report import verdict_files
-from nervure.run import plan_claim
+from nervure.run import Resources, plan_claim
 from nervure.spec import Claim, Job, Record, Status, Verdict
 from nervure.stats import verdict
 
@@ -46,6 +46,8 @@ def run(
     fallback: str | None = None,
     until_decided: bool = False,
     workers: int | None = None,
+    executor: str = "local",
+    resources: Resources = ANY,
     store: str | Path | None = None,
     report: str | Path = "reports",
     on_event: OnEvent = lambda event: None,
@@ -60,7 +62,9 @@ def run(
         data: Data set in place of the claim's own.
         fallback: Data set to use where that one cannot be had.
         until_decided: Go on adding seeds under the always-valid interval until the claim is decided.
-        workers: Worker processes; None takes one a core, 0 works in this process.
+        workers: Jobs at a time; None takes one a core, or what the cluster holds; 0 works in this process.
+        executor: ``"local"`` processes, ``"inline"`` in this one, or a cluster: ``"ray"``, ``"ray://host:port"``.
+        resources: What a job gets on a cluster.
         store: Where records go; None for the user's own store.
         report: Folder for the report.
         on_event: Called with what happens.
@@ -84,7 +88,7 @@ def run(
     while True:
         # Ten times the stated minutes: a slow machine is no reason to fail, a hung job is.
         jobs = plan_claim(claim.id, seeds=count, params=params, seconds=600 * claim.minutes)
-        records = do(jobs, workers=workers, store=store, on_event=on_event)
+        records = do(jobs, workers=workers, store=store, executor=executor, resources=resources, on_event=on_event)
         _refuse_nothing(records, claim)
         found = verdict(claim, records, quick=quick, until_decided=until_decided)
         undecided = any(result.outcome == "inconclusive" for result in found.checks)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nervure._kit import CouldNotRun
-from nervure.app.jobs import OnEvent, do
+from nervure.app.jobs import ANY, OnEvent, do
 from nervure.arena import outcome, prune
 from nervure.arena.tasks import BATCH
 from nervure.report import Board, case_tables, leaderboard_files
+from nervure.run import Resources
 from nervure.spec import Record, Status
 
 
@@ -39,6 +40,8 @@ def compare_prune(
     steps: int | None = None,
     quick: bool = False,
     workers: int | None = None,
+    executor: str = "local",
+    resources: Resources = ANY,
     store: str | Path | None = None,
     report: str | Path = "reports",
     on_event: OnEvent = lambda event: None,
@@ -55,7 +58,9 @@ def compare_prune(
         seeds: Number of seeds; 3 when None, 2 when quick.
         steps: Optimizer steps of one training in all, pruning rounds included.
         quick: Two shares, 200 steps, two seeds.
-        workers: Worker processes; None takes one a core, 0 works in this process.
+        workers: Jobs at a time; None takes one a core, or what the cluster holds; 0 works in this process.
+        executor: ``"local"`` processes, ``"inline"`` in this one, or a cluster: ``"ray"``, ``"ray://host:port"``.
+        resources: What a job gets on a cluster.
         store: Where records go; None for the user's own store.
         report: Folder for the report.
         on_event: Called with what happens.
@@ -71,7 +76,7 @@ def compare_prune(
     budget = steps or (prune.QUICK_STEPS if quick else prune.STEPS)
     at = list(shares) if shares else list((prune.QUICK_SHARES if quick else prune.SHARES)[unit])
     jobs = prune.plan(model=model, data=data, unit=unit, shares=at, names=names, seeds=range(count), steps=budget)
-    records = do(jobs, workers=workers, store=store, on_event=on_event)
+    records = do(jobs, workers=workers, store=store, executor=executor, resources=resources, on_event=on_event)
     if not any(record.status is Status.DONE for record in records):
         error = next((record.error for record in records if record.error), "no record came back")
         raise CouldNotRun("no entrant could be measured", found=error.strip(), try_="--workers 0 for the trace")

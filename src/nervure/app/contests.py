@@ -8,9 +8,10 @@ from pathlib import Path
 
 from nervure._kit import CouldNotRun
 from nervure.app.comparisons import Comparison
-from nervure.app.jobs import OnEvent, do
+from nervure.app.jobs import ANY, OnEvent, do
 from nervure.arena.contest import Contest, contest
 from nervure.report import Board, contest_tables, leaderboard_files
+from nervure.run import Resources
 from nervure.spec import Record, Status
 
 
@@ -22,6 +23,8 @@ def compare(
     seeds: int | None = None,
     quick: bool = False,
     workers: int | None = None,
+    executor: str = "local",
+    resources: Resources = ANY,
     store: str | Path | None = None,
     report: str | Path = "reports",
     on_event: OnEvent = lambda event: None,
@@ -34,7 +37,9 @@ def compare(
         cases: The cases; all when empty.
         seeds: Number of seeds; the contest's own when None.
         quick: Few cases, two seeds.
-        workers: Worker processes; None takes one a core, 0 works in this process.
+        workers: Jobs at a time; None takes one a core, or what the cluster holds; 0 works in this process.
+        executor: ``"local"`` processes, ``"inline"`` in this one, or a cluster: ``"ray"``, ``"ray://host:port"``.
+        resources: What a job gets on a cluster.
         store: Where records go; None for the user's own store.
         report: Folder for the report.
         on_event: Called with what happens.
@@ -47,7 +52,7 @@ def compare(
     """
     found = contest(name)
     jobs = found.plan(entrants=entrants, cases=cases, seeds=seeds, quick=quick)
-    records = do(jobs, workers=workers, store=store, on_event=on_event)
+    records = do(jobs, workers=workers, store=store, executor=executor, resources=resources, on_event=on_event)
     if not any(record.status is Status.DONE for record in records):
         error = next((record.error for record in records if record.error), "no record came back")
         raise CouldNotRun("nothing could be measured", found=error.strip(), try_="--workers 0 for the trace")

@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.table import Table
 
 from nervure.cli.display import number, progress
+from nervure.run import Resources
 
 if TYPE_CHECKING:
     from nervure.app.comparisons import Comparison
 
 Flag = Annotated[bool, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Each = Annotated[Resources, Parameter(name="*")]
+ANY = Resources()
 
 
 def _command(name: str) -> Callable[..., int]:
@@ -30,9 +33,12 @@ def _command(name: str) -> Callable[..., int]:
         seeds: int | None = None,
         quick: Flag = False,
         workers: int | None = None,
+        executor: str = "local",
+        resources: Each = ANY,
         store: str | None = None,
         report: Path = Path("reports"),
         as_json: Json = False,
+        events: Flag = False,
     ) -> int:
         """Compare methods on cases whose truth is known.
 
@@ -41,17 +47,20 @@ def _command(name: str) -> Callable[..., int]:
             case: Name of a case; repeat for several; all by default.
             seeds: Number of seeds.
             quick: Few cases, two seeds.
-            workers: Worker processes; one a core by default, 0 works in this process.
+            workers: Jobs at a time; one a core, or what the cluster holds, by default; 0 works in this process.
+            executor: local processes, inline in this one, or a cluster: ray, ray://host:port.
+            resources: What a job gets on a cluster.
             store: Where records go; the user's own store by default.
             report: Folder for the report.
             as_json: Print JSON and nothing else.
+            events: Print what happens as lines of JSON, for a program that follows the run.
 
         Returns:
             0.
         """
         from nervure import app
 
-        with progress(f"compare {name}", silent=as_json) as on_event:
+        with progress(f"compare {name}", silent=as_json, events=events) as on_event:
             found = app.compare(
                 name,
                 entrants=entrant or (),
@@ -59,13 +68,15 @@ def _command(name: str) -> Callable[..., int]:
                 seeds=seeds,
                 quick=quick,
                 workers=workers,
+                executor=executor,
+                resources=resources,
                 store=store,
                 report=report,
                 on_event=on_event,
             )
         if as_json:
             print(found.files[0].read_text(encoding="utf-8"))
-        else:
+        elif not events:
             _print_tables(found)
         return 0
 

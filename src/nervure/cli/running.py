@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nervure.cli.display import number, progress
+from nervure.run import Resources
 
 if TYPE_CHECKING:
     from nervure.app.claims import Ran
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 Flag = Annotated[bool, Parameter(negative="")]
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Each = Annotated[Resources, Parameter(name="*")]
+ANY = Resources()
 Unit = Literal["density", "macs", "params", "bytes"]
 Shares = Annotated[list[float] | None, Parameter(name=["--share", "--density"])]
 
@@ -37,9 +40,12 @@ def run(
     fallback: str | None = None,
     until_decided: Flag = False,
     workers: int | None = None,
+    executor: str = "local",
+    resources: Each = ANY,
     store: str | None = None,
     report: Path = Path("reports"),
     as_json: Json = False,
+    events: Flag = False,
 ) -> int:
     """Check a paper's claim here: holds, does not hold, or inconclusive.
 
@@ -50,17 +56,20 @@ def run(
         data: Data set in place of the claim's own.
         fallback: Data set to use where that one cannot be had.
         until_decided: Add seeds, under an interval that allows for it, until the claim is decided.
-        workers: Worker processes; one a core by default, 0 works in this process.
+        workers: Jobs at a time; one a core, or what the cluster holds, by default; 0 works in this process.
+        executor: local processes, inline in this one, or a cluster: ray, ray://host:port.
+        resources: What a job gets on a cluster.
         store: Where records go: a file or a PostgreSQL address; the user's own store by default.
         report: Folder for the report.
         as_json: Print JSON and nothing else.
+        events: Print what happens as lines of JSON, for a program that follows the run.
 
     Returns:
         0 if it holds, 1 if it was not shown to hold.
     """
     from nervure import app
 
-    with progress(claim, silent=as_json) as on_event:
+    with progress(claim, silent=as_json, events=events) as on_event:
         ran = app.run(
             claim,
             seeds=seeds,
@@ -69,6 +78,8 @@ def run(
             fallback=fallback,
             until_decided=until_decided,
             workers=workers,
+            executor=executor,
+            resources=resources,
             store=store,
             report=report,
             on_event=on_event,
@@ -76,7 +87,7 @@ def run(
         )
     if as_json:
         print(json.dumps({**ran.verdict.to_json(), "files": [str(path) for path in ran.files]}))
-    else:
+    elif not events:
         _print_verdict(ran)
     return ran.verdict.outcome.exit_code
 
@@ -118,9 +129,12 @@ def compare_prune(
     steps: int | None = None,
     quick: Flag = False,
     workers: int | None = None,
+    executor: str = "local",
+    resources: Each = ANY,
     store: str | None = None,
     report: Path = Path("reports"),
     as_json: Json = False,
+    events: Flag = False,
 ) -> int:
     """Compare pruning methods on your own network and data, at equal total optimizer steps.
 
@@ -133,17 +147,20 @@ def compare_prune(
         seeds: Number of seeds; 3 by default.
         steps: Optimizer steps of one training in all, pruning rounds included.
         quick: Two shares, two seeds, 200 steps.
-        workers: Worker processes; one a core by default, 0 works in this process.
+        workers: Jobs at a time; one a core, or what the cluster holds, by default; 0 works in this process.
+        executor: local processes, inline in this one, or a cluster: ray, ray://host:port.
+        resources: What a job gets on a cluster.
         store: Where records go; the user's own store by default.
         report: Folder for the report.
         as_json: Print JSON and nothing else.
+        events: Print what happens as lines of JSON, for a program that follows the run.
 
     Returns:
         0.
     """
     from nervure import app
 
-    with progress("compare prune", silent=as_json) as on_event:
+    with progress("compare prune", silent=as_json, events=events) as on_event:
         found = app.compare_prune(
             model=model,
             data=data,
@@ -154,13 +171,15 @@ def compare_prune(
             steps=steps,
             quick=quick,
             workers=workers,
+            executor=executor,
+            resources=resources,
             store=store,
             report=report,
             on_event=on_event,
         )
     if as_json:
         print(found.files[0].read_text(encoding="utf-8"))
-    else:
+    elif not events:
         _print_tables(found)
     return 0
 
@@ -187,21 +206,51 @@ def _print_tables(found: Comparison) -> None:
     print(found.files[-1])
 
 
-def export(what: str, *, store: str | None = None, to: Path = Path("reports")) -> int:
-    """Write a verdict or leaderboard with its raw records as JSON, CSV and one HTML file.
+def export(
+    what: str,
+    folder: Path | None = None,
+    *,
+    store: str | None = None,
+    to: Path = Path("reports"),
+    mlflow: str | None = None,
+    experiment: str = "nervure",
+    tensorboard: Path | None = None,
+) -> int:
+    """Write a verdict or leaderboard with its raw records as JSON, CSV and one HTML file, or all pages as a site.
 
     Args:
-        what: A paper's id, id/claim, or compare-prune.
+        what: A paper's id, id/claim, compare-prune, compare- and a comparison's name, or site.
+        folder: Folder to write to; the one of --to by default, for a site it must be given.
         store: Store to read from; the user's own by default.
-        to: Folder to write to.
+        to: The same, named; for a site the folder that audits and landscapes are read from.
+        mlflow: Write to this MLflow tracking address instead, such as sqlite:///mlflow.db.
+        experiment: The experiment in MLflow.
+        tensorboard: Write TensorBoard's files to this folder instead.
 
     Returns:
         0.
+
+    Raises:
+        UsageError: If a site has no folder, or a tracker is asked to take one.
     """
+    tracked = mlflow is not None or tensorboard is not None
+    if what == "site":
+        from nervure._kit import UsageError
+        from nervure.cli.serving import write_site
+
+        if folder is None or tracked:
+            raise UsageError("a site needs a folder of its own", expected="nervure export site DIR")
+        return write_site(folder, store=store, report=to)
     from nervure import app
 
-    for path in app.export(what, store=store, folder=to):
-        print(path)
+    if tracked:
+        for line in app.export_tracking(
+            what, store=store, mlflow=mlflow, experiment=experiment, tensorboard=tensorboard
+        ):
+            print(line)
+    if folder is not None or not tracked:
+        for path in app.export(what, store=store, folder=folder or to):
+            print(path)
     return 0
 
 

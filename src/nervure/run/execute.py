@@ -37,7 +37,9 @@ class Interrupted(KeyboardInterrupt):
 class Executor(Protocol):
     """Do jobs, some at a time."""
 
-    slots: int
+    @property
+    def slots(self) -> int:
+        """Return how many jobs may be under way; it may change while they are."""
 
     def open(self, work: str, report: Callable[[Job, float, str], None]) -> None:
         """Get ready to do ``work``, and to report (job, share done, text)."""
