@@ -8,7 +8,7 @@ PIP_OPTIONS ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo data test lint types floors tests bench bench-peers docs index format clean
+.PHONY: help install dev demo data test lint types floors tests bench bench-peers docs index format clean
 
 help:  ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,10 +16,17 @@ help:  ## say what there is
 $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q $(PIP_OPTIONS) -c constraints.txt "torch==2.13.0"
+	$(BIN)/pip install -q $(PIP_OPTIONS) -c constraints.txt -e ".[web,feed]"
+	touch $@
+
+# What the tests need besides, real peers among it: Ray, Lightning, transformers, MLflow, TensorBoard.
+$(VENV)/.dev: $(VENV)/.done
 	$(BIN)/pip install -q $(PIP_OPTIONS) -c constraints.txt -e ".[dev]"
 	touch $@
 
 install: $(VENV)/.done  ## make the virtual environment with the pinned CPU torch
+
+dev: $(VENV)/.dev  ## the same with all that tests and lint need
 
 data: install  ## put Fashion-MNIST in the user's cache (the demo falls back to digits without it)
 	$(BIN)/nervure data fashion-mnist || echo "Fashion-MNIST cannot be had here; the demo uses digits instead."
@@ -29,20 +36,20 @@ demo: data  ## run one paper's claim on real data and write its report
 
 test: lint types floors tests  ## lint, types, floors and all tests
 
-lint: install
+lint: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: install
+types: dev
 	$(BIN)/mypy
 
-floors: install
+floors: dev
 	$(BIN)/lint-imports
 
-tests: install
+tests: dev
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-index: install  ## rebuild the committed index of cards
+index: dev  ## rebuild the committed index of cards
 	$(BIN)/python -m nervure.catalogue.build
 
 bench-peers:  ## the environment of the benchmarks' peers, apart from ours
@@ -50,7 +57,7 @@ bench-peers:  ## the environment of the benchmarks' peers, apart from ours
 	.venv-bench/bin/pip install -q $(PIP_OPTIONS) "torch==2.13.0" numpy scipy
 	.venv-bench/bin/pip install -q $(PIP_OPTIONS) --no-deps -r bench/peers.txt
 
-bench: install  ## side-by-side benchmarks with printed ratios
+bench: dev  ## side-by-side benchmarks with printed ratios
 	$(BIN)/python -m bench
 
 docs: install  ## build the documentation into site/

@@ -216,7 +216,7 @@ def test_the_surface_turns_by_mouse_and_keys(browser, home):
 
 
 def violations(browser):
-    axe = Path(find_spec("axe_playwright_python").origin).parent / "axe.min.js"
+    axe = Path(find_spec("axe_core_python").origin).parent / "axe.min.js"
     browser.execute_script(axe.read_text(encoding="utf-8"))
     found = browser.execute_async_script("axe.run(document).then(arguments[arguments.length - 1])")
     return [

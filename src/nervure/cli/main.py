@@ -30,7 +30,7 @@ for _name, _where, _help in (
     ("audit", "auditing:audit", "Examine your network: what is its state, and which methods would help?"),
     ("landscape", "landscapes:landscape", "Draw the loss around your network, between networks, or along a run."),
     ("prune", "pruning:prune", "Make your network smaller: prune, fine-tune, verify, report, write."),
-    ("export", "running:export", "Write a verdict or leaderboard as JSON, CSV and HTML, or all pages as a site."),
+    ("export", "running:export", "Write a verdict or leaderboard as files or to a tracker, or all pages as a site."),
     ("web", "serving:web", "Serve the pages: papers, runs, leaderboards, networks."),
     ("data", "running:data", "Bring a data set into the cache and say what it holds."),
 ):

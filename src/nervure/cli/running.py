@@ -245,7 +245,7 @@ def export(
 
     if tracked:
         for line in app.export_tracking(
-            what, store=store, mlflow=mlflow, experiment=experiment, tensorboard=tensorboard
+            what, store=store, mlflow=mlflow, experiment=experiment, tensorboard=tensorboard, say=_say
         ):
             print(line)
     if folder is not None or not tracked:

@@ -7,6 +7,8 @@ from pathlib import Path
 from nervure.report.export import templates
 
 FOLDER = Path(__file__).parent / "static"
+# vis-graph3d 7.0.3 as its makers release it: standalone/umd/vis-graph3d.min.js.
+GRAPH3D = "06931731d5ebe07b99e7e8e4156be77576152f15a861f709b92f6b5717ade984"
 
 
 def files() -> dict[str, str]:

@@ -12,7 +12,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 # Told apart with any kind of colour vision, and readable on white and on black: at least three to one with both.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#C2609A", "#A87600", "#6F6BD8", "#808080")
+COLOURS = ("#0078B4", "#D25A00", "#9600FF", "#875A5A", "#9678FF", "#C3785A", "#A587A5")
 MARKERS = "osD^vPX*"
 # Becomes the colour of the page's text. A black that must stay black is written as #010101.
 _INK = "#000000"
