@@ -47,7 +47,8 @@ floors: dev
 	$(BIN)/lint-imports
 
 tests: dev
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not alone"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m alone tests/web
 
 index: dev  ## rebuild the committed index of cards
 	$(BIN)/python -m nervure.catalogue.build

