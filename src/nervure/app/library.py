@@ -172,7 +172,11 @@ class Library:
     def runs(self) -> list[Run]:
         """Return all runs, the newest first."""
         self.refresh()
-        return sorted(self._runs.values(), key=lambda run: run.started, reverse=True)
+        return sorted(self._known(), key=lambda run: run.started, reverse=True)
+
+    def _known(self) -> list[Run]:
+        with self._lock:
+            return list(self._runs.values())
 
     def run(self, name: str) -> Run:
         """Return a run by its id.
@@ -252,8 +256,8 @@ class Library:
         """
         found: dict[str, str] = {}
         names = {f"claim:{entry.id}/{claim['name']}": claim["name"] for claim in entry.claims}
-        for run in [one for one in self._runs.values() if one.setting.target in names]:
-            if run.as_claimed:
+        for run in self._known():
+            if run.setting.target in names and run.as_claimed:
                 found[names[run.setting.target]] = str(self.verdict(run).outcome)
         return found
 

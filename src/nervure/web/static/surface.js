@@ -11,12 +11,12 @@
   }));
   document.getElementById("surface").hidden = false;
   const place = document.getElementById("graph");
-  const start = { horizontal: -0.6, vertical: 0.5, distance: 2.4 };
+  const start = { horizontal: -0.6, vertical: 0.5, distance: 2.2 };
   const graph = new vis.Graph3d(place, data, {
     style: "surface", width: "100%", height: "100%", showPerspective: true, showGrid: true, showShadow: false,
     keepAspectRatio: false, verticalRatio: 0.6, cameraPosition: start, xLabel: "first direction",
     yLabel: "second direction", zLabel: "mean loss",
-    surfaceColors: ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"], // viridis, as the level lines
+    colormap: ["#440154", "#3b528b", "#21918c", "#5ec962", "#fde725"], // viridis, as the level lines
     zValueLabel: (z) => (10 ** z + low - floor).toPrecision(3),
   });
   const turn = (horizontal, vertical, nearer) => {
