@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from nervure._kit import BadData, MissingExtra, UnknownId, did_you_mean
 from nervure.core.factory import load_factory
@@ -57,7 +58,8 @@ def load(spec: str, *, seed: int = 0, train: int | None = None, test: int | None
     Args:
         spec: A name from `names`; an ``.npz`` with ``x`` and ``y`` (and ``x_test``, ``y_test``) or
             ``x_train``...; a ``.csv`` whose last column, or column ``label``, is the class; a folder with one
-            sub-folder of images a class; or ``path.py:factory`` returning (x, y) or (x, y, x_test, y_test).
+            sub-folder of images a class; or ``path.py:factory`` returning (x, y) or (x, y, x_test, y_test); tensors x
+            of torch.long are tokens and stay as they are.
         seed: Decides which samples go where.
         train: Number of training samples, or None for all.
         test: Number of test samples, or None for all.
@@ -192,5 +194,8 @@ def _from_factory(spec: str) -> Arrays:
         raise BadData(
             f"{spec} returned no data", expected="(x, y) or (x, y, x_test, y_test)", found=type(made).__name__
         )
-    arrays = [np.asarray(part) for part in made]
-    return Arrays(spec, *arrays)
+    x, y, *held = (np.asarray(part) for part in made)
+    test_x, test_y = held or (None, None)
+    # An image is uint8 and a table is real; whoever hands over torch's long means what an embedding takes.
+    tokens = isinstance(made[0], torch.Tensor) and made[0].dtype in (torch.int32, torch.int64)
+    return Arrays(spec, x, y, test_x, test_y, tokens=tokens)

@@ -20,7 +20,7 @@ class Splits:
     Args:
         name: Its name.
         classes: Number of classes.
-        train_x: Training inputs, shape (N, ...), float32.
+        train_x: Training inputs, shape (N, ...), float32; int64 where they are tokens.
         train_y: Training labels, shape (N,), int64 in [0, classes).
         validation_x: Validation inputs; may be empty.
         validation_y: Validation labels.
@@ -97,6 +97,7 @@ class Arrays:
         y: Labels, shape (N,).
         test_x: The official test inputs, or None where the test part is to be drawn.
         test_y: The official test labels.
+        tokens: Whether the inputs are numbers of tokens, which are never scaled.
     """
 
     name: str
@@ -104,6 +105,7 @@ class Arrays:
     y: np.ndarray
     test_x: np.ndarray | None = None
     test_y: np.ndarray | None = None
+    tokens: bool = False
 
 
 def check(arrays: Arrays) -> Arrays:
@@ -157,7 +159,7 @@ def split(
     """Draw training, validation and test parts by seed and scale them by the training part's statistics.
 
     Images (samples with more than one axis) are shifted and scaled by one mean and one standard deviation,
-    tables column by column.
+    tables column by column; tokens stay as they are.
 
     Args:
         arrays: The raw arrays; an official test part is kept apart.
@@ -188,7 +190,7 @@ def split(
         )
     held_out, rest = order[:validation], order[validation:]
     kept = rest[:train]
-    scale = _scaler(arrays.x[kept])
+    scale = _as_tokens if arrays.tokens else _scaler(arrays.x[kept])
     return Splits(
         arrays.name,
         int(arrays.y.max()) + 1,
@@ -199,6 +201,10 @@ def split(
         scale(test_x),
         torch.from_numpy(test_y.astype(np.int64)),
     )
+
+
+def _as_tokens(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(x.astype(np.int64))
 
 
 class _scaler:  # noqa: N801 - a function with a memory
