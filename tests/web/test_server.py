@@ -291,3 +291,37 @@ def test_many_readers_get_one_rendering(library):
     server._pages.runs = lambda: made.append(1) or whole()
     assert asyncio.run(read()) == {200}
     assert len(made) == 1
+
+
+def test_a_reader_who_leaves_a_stream_is_noticed(library, run_id, monkeypatch):
+    monkeypatch.setattr(web, "_PULSE_SECONDS", 0.05)
+    server = Server(library)
+    path = f"/run/{run_id}/events"
+    scope = {
+        "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1", "method": "GET",
+        "path": path, "raw_path": path.encode(), "query_string": b"", "headers": [(b"host", b"127.0.0.1")],
+        "scheme": "http", "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1), "root_path": "",
+    }  # fmt: skip
+    sent = []
+
+    async def read():
+        pulse, asked = asyncio.Event(), []
+
+        async def receive():
+            if not asked:
+                asked.append(1)
+                return {"type": "http.request", "body": b"", "more_body": False}
+            await pulse.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):
+            sent.append(message.get("body", b""))
+            if b"still here" in sent[-1]:
+                assert server._streams == 1
+                pulse.set()
+
+        await asyncio.wait_for(server.app()(scope, receive, send), 20)
+
+    asyncio.run(read())
+    assert b"retry: 3000\n\n" in sent
+    assert server._streams == 0

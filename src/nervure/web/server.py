@@ -37,6 +37,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _MOST_PAGES = 512
 _MOST_STREAMS = 256
 _LOOK_SECONDS = 1.0
+_PULSE_SECONDS = 15.0
 # How long a reader waits for the newest version of a page before getting the one before.
 _PATIENCE = 0.05
 # A page rests ten times as long as it took to render: 200 readers then wait for the renderer a tenth of the time.
@@ -282,11 +283,23 @@ class Server:
 
         async def lines() -> AsyncIterator[str]:
             self._streams += 1
+            following = asyncio.ensure_future(anext(changes))
             try:
                 yield "retry: 3000\n\n"
-                async for data in changes:
+                while True:
+                    # A reader that has gone is noticed when something is sent.
+                    done, _ = await asyncio.wait({following}, timeout=_PULSE_SECONDS)
+                    if not done:
+                        yield ": still here\n\n"
+                        continue
+                    try:
+                        data = following.result()
+                    except StopAsyncIteration:
+                        return
                     yield f"data: {data}\n\n"
+                    following = asyncio.ensure_future(anext(changes))
             finally:
+                following.cancel()
                 self._streams -= 1
 
         return StreamingResponse(lines(), media_type="text/event-stream", headers={"cache-control": "no-store"})
