@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -80,3 +81,39 @@ def log(params, line):
         # One write of one line with O_APPEND: several processes share the file.
         with Path(params["log"]).open("a") as file:
             file.write(line + "\n")
+
+
+class Walker:
+    """A trainable whose score tells where its weights came from, step by step."""
+
+    def __init__(self, member, seconds=0.0):
+        self.path, self.member, self.seconds = [float(member)], member, seconds
+
+    def step(self, config):
+        time.sleep(self.seconds)
+        if config["rate"] < 0:
+            raise ValueError("this member is broken")
+        self.path = [*self.path, config["rate"]]
+
+    def eval(self):
+        return sum(rate * (n + 1) for n, rate in enumerate(self.path)) % 1.7
+
+    def state_dict(self):
+        return {"path": self.path}
+
+    def load_state_dict(self, state):
+        self.path = list(state["path"])
+
+
+def walker(member):
+    return Walker(member)
+
+
+def slow_walker(member):
+    return Walker(member, seconds=0.15)
+
+
+def dying_walker(member):
+    if member == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return Walker(member)

@@ -18,9 +18,12 @@ import pytest
 
 from nervure._kit import CouldNotRun, MissingExtra, UsageError
 from nervure.app.jobs import choose
-from nervure.run import Inline, Interrupted, Local, Ray, Resources, execute, plan_claim
+from nervure.run import Inline, Interrupted, Local, Ray, Resources, execute, plan_claim, run_crowd
 from nervure.run import node as on_node
 from nervure.run import ray as ray_module
+from nervure.search import PBT
+from nervure.search.drive import run_trainables
+from nervure.search.space import Range
 from nervure.spec import Job, Status
 from nervure.store import Store
 
@@ -316,7 +319,7 @@ def test_resources_say_how_many_jobs_run_at_once(nodes, store, log):
 
 def test_a_job_whose_last_node_is_gone_is_not_waited_for_for_ever(nodes, store, monkeypatch):
     executor = Ray(nodes.address)
-    monkeypatch.setattr(ray_module, "_NODE_SECONDS", 0.5)
+    monkeypatch.setattr(ray_module, "NODE_SECONDS", 0.5)
     monkeypatch.setattr(ray_module, "_LOOK_SECONDS", 0.1)
     records = execute(jobs("", "hang"), work=WORK, executor=executor, sink=store)
     next(records)
@@ -409,3 +412,70 @@ def test_a_node_ends_a_job_that_nobody_ends(tmp_path, monkeypatch):
     words = [sys.executable, "-c", code, json.dumps(job.to_json())]
     done = subprocess.run(words, env=_with_jobs(), check=False, timeout=20)
     assert done.returncode == -signal.SIGALRM
+
+
+def _search(**options):
+    return PBT({"rate": Range(0.1, 1.0)}, members=5, share=0.4, seed=3, **options)
+
+
+def _own(search, member):
+    return [at for at, one in enumerate(search.trained) if one["member"] == member]
+
+
+def _here(intervals):
+    search = _search()
+    from jobs_for_tests import Walker
+
+    walkers = [Walker(member) for member in range(5)]
+    run_trainables(search, walkers, intervals=intervals)
+    return search, [walker.state_dict() for walker in walkers]
+
+
+def test_a_population_on_a_cluster_is_the_one_here(nodes):
+    there, heard = _search(), []
+    states = run_crowd(
+        there, "jobs_for_tests:walker", intervals=4, address=nodes.address, told=lambda *one: heard.append(one)
+    )
+    here, expected = _here(4)
+    assert there.trained == here.trained
+    assert states == expected
+    assert len(heard) == 20
+    assert any(
+        node["from"] is not None and there.trained[node["from"]]["member"] != node["member"] for node in there.trained
+    )
+
+
+def test_an_asynchronous_population_trains_every_interval_once(nodes):
+    search = _search(asynchronous=True)
+    states = run_crowd(search, "jobs_for_tests:walker", intervals=3, address=nodes.address)
+    assert Counter(node["member"] for node in search.trained) == dict.fromkeys(range(5), 3)
+    for member, state in enumerate(states):
+        assert [step["rate"] for step in search.schedule(member)] == state["path"][1:]
+
+
+def test_a_population_outlives_a_node(nodes):
+    there, heard = _search(), []
+
+    def told(*one):
+        heard.append(one)
+        if len(heard) == 7:
+            nodes.lose()
+
+    states = run_crowd(there, "jobs_for_tests:slow_walker", intervals=4, address=nodes.address, told=told)
+    here, expected = _here(4)
+    assert there.trained == here.trained
+    assert states == expected
+
+
+def test_a_member_that_fails_is_told_and_one_that_dies_again_and_again_is_given_up(nodes):
+    broken = PBT({"rate": Range(-2.0, -1.0)}, members=2, seed=0)
+    with pytest.raises(CouldNotRun, match="this member is broken"):
+        run_crowd(broken, "jobs_for_tests:walker", intervals=1, address=nodes.address)
+    with pytest.raises(CouldNotRun, match="was lost 3 times"):
+        run_crowd(
+            PBT({"rate": Range(1.0, 2.0)}, members=2), "jobs_for_tests:dying_walker", intervals=1, address=nodes.address
+        )
+    with pytest.raises(CouldNotRun):
+        run_crowd(_search(), "jobs_for_tests:nothing", intervals=1, address=nodes.address)
+    with pytest.raises(UsageError):
+        run_crowd(_search(), "jobs_for_tests:walker", intervals=0, address=nodes.address)

@@ -1,5 +1,6 @@
 """Floor 6: plans, jobs and executors."""
 
+from nervure.run.crowd import run_crowd
 from nervure.run.execute import Event, Executor, Interrupted, Sink, execute
 from nervure.run.inline import Inline
 from nervure.run.local import Local
@@ -18,4 +19,5 @@ __all__ = [
     "Sink",
     "execute",
     "plan_claim",
+    "run_crowd",
 ]

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,7 @@ MOST_RETRIES = 2
 _CONNECT_SECONDS = 10.0
 _LOOK_SECONDS = 2.0
 # A node may be on its way, replaced or restarted; longer than this nobody waits for one.
-_NODE_SECONDS = 60.0
+NODE_SECONDS = 60.0
 _CLOSE_SECONDS = 5.0
 
 
@@ -72,7 +72,8 @@ class Ray:
     ) -> None:
         if slots is not None and slots < 1:
             raise UsageError("there must be a worker", expected="at least 1", found=slots)
-        self._server = None if address is None else _host_and_port(address)
+        if address is not None:
+            _host_and_port(address)
         self._address, self._most, self._resources = address, slots, resources or Resources()
         self._ray: Any = None
         self._ours = False
@@ -151,9 +152,9 @@ class Ray:
         # Not while there are records to hand over: an error would lose them.
         if not ended and time.monotonic() - self._looked > _LOOK_SECONDS:
             self._look()
-            if time.monotonic() - self._seen > _NODE_SECONDS:
+            if time.monotonic() - self._seen > NODE_SECONDS:
                 raise CouldNotRun(
-                    f"no node that holds a job has been there for {_NODE_SECONDS:g} s",
+                    f"no node that holds a job has been there for {NODE_SECONDS:g} s",
                     expected=f"{self._resources} on one",
                     found=self._largest(),
                     try_="starting again when there is one: what has ended is stored",
@@ -177,37 +178,11 @@ class Ray:
         self._mailbox = None
         if self._ours:
             self._ours = False
-            with _signals_kept():
-                self._ray.shutdown()
+            leave(self._ray)
 
     def _connect(self) -> None:
-        if self._server is not None:
-            try:
-                socket.create_connection(self._server, timeout=_CONNECT_SECONDS).close()
-            except OSError as error:
-                raise CouldNotRun(
-                    f"nothing answers at {self._address}: {error}", try_="ray status, on one of it"
-                ) from error
-        # A cluster of our own tells nobody that it was started.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if self._server is None:
-            options["include_dashboard"] = False
         self._ours = True
-        try:
-            self._join(options)
-        except (self._ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-            raise self._unreached(error) from error
-
-    def _join(self, options: dict[str, Any]) -> None:
-        with _signals_kept():
-            try:
-                self._ray.init(address=self._address, **options)
-            except ConnectionError:
-                if not str(self._address).startswith("ray://"):
-                    raise
-                # The server starts a process for each driver, which on a busy machine may come too late.
-                self._ray.init(address=self._address, **options)
+        connect(self._ray, self._address)
 
     def _begin(self, one: _Try) -> None:
         one.began = None
@@ -314,15 +289,67 @@ class Ray:
         }
         return "nodes of " + "; ".join(sorted(kinds)) if kinds else "no node"
 
-    @contextmanager
-    def _reached(self) -> Iterator[None]:
-        try:
-            yield
-        except (self._ray.exceptions.RayError, ConnectionError) as error:
-            raise self._unreached(error) from error
+    def _reached(self) -> AbstractContextManager[None]:
+        return reached(self._ray)
 
-    def _unreached(self, error: Exception) -> CouldNotRun:
-        return CouldNotRun(f"the Ray cluster cannot be reached: {_lines(error)[-1]}", try_="ray status, on one of it")
+
+@contextmanager
+def reached(ray: Any, *also: type[Exception]) -> Iterator[None]:
+    """Tell a cluster that does not answer in one sentence.
+
+    Args:
+        ray: The package.
+        *also: Further exceptions that mean the same here.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        CouldNotRun: In place of Ray's error.
+    """
+    try:
+        yield
+    except (ray.exceptions.RayError, ConnectionError, *also) as error:
+        text = f"the Ray cluster cannot be reached: {_lines(error)[-1]}"
+        raise CouldNotRun(text, try_="ray status, on one of it") from error
+
+
+def connect(ray: Any, address: str | None) -> None:
+    """Join a cluster, or start one on this machine where there is none and none is named.
+
+    Args:
+        ray: The package.
+        address: As in `Ray`.
+
+    Raises:
+        CouldNotRun: If nothing answers there.
+        ConnectionError: Never to the caller: what Ray raises is told by `reached`.
+    """
+    server = None if address is None else _host_and_port(address)
+    if server is not None:
+        try:
+            socket.create_connection(server, timeout=_CONNECT_SECONDS).close()
+        except OSError as error:
+            raise CouldNotRun(f"nothing answers at {address}: {error}", try_="ray status, on one of it") from error
+    # A cluster of our own tells nobody that it was started.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if server is None:
+        options["include_dashboard"] = False
+    with reached(ray, RuntimeError, ValueError), _signals_kept():
+        try:
+            ray.init(address=address, **options)
+        except ConnectionError:
+            if server is None or not str(address).startswith("ray://"):
+                raise
+            # The server starts a process for each driver, which on a busy machine may come too late.
+            ray.init(address=address, **options)
+
+
+def leave(ray: Any) -> None:
+    """Leave the cluster; one that was started here ends."""
+    with _signals_kept():
+        ray.shutdown()
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

@@ -133,6 +133,12 @@ class PBT:
     def __len__(self) -> int:
         return len(self.configs)
 
+    @property
+    def next_age(self) -> int | None:
+        """Return how many intervals the member trained that `ask` would return; None where it would return none."""
+        idle = [age for age, status in zip(self.ages, self._status, strict=True) if status == "idle"]
+        return min(idle, default=None)
+
     def ask(self) -> dict[str, float]:
         """Return the interval of the idle member that trained the fewest.
 
