@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from nervure._kit import CouldNotRun, UsageError, require
-from nervure.core.factory import load_factory
 from nervure.run.node import code_version
 from nervure.run.ray import MOST_RETRIES, NODE_SECONDS, connect, leave, reached
 from nervure.run.resources import GIB, Resources
@@ -40,6 +39,9 @@ class Worker:
             os.chdir(folder)
         if code_version() != version:
             raise RuntimeError(f"this node runs {code_version()}, the driver {version}")
+        # Imported here, on the node: it brings torch.
+        from nervure.core.factory import load_factory
+
         self._make = load_factory(factory)
         self._trainables: dict[int, Any] = {}
 
