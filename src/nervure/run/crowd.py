@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nervure._kit import CouldNotRun, UsageError, require
 from nervure.run.node import code_version
-from nervure.run.ray import MOST_RETRIES, NODE_SECONDS, connect, leave, reached
+from nervure.run.ray import MOST_RETRIES, NODE_SECONDS, connect, error_lines, import_paths, leave, reached
 from nervure.run.resources import GIB, Resources
 
 if TYPE_CHECKING:
@@ -128,9 +128,8 @@ class _Crowd:
         self._ray, self._search, self._resources = ray, search, resources
         memory = None if resources.memory is None else int(resources.memory * GIB)
         options = {"num_cpus": resources.cpus, "num_gpus": resources.gpus, "memory": memory}
-        paths = [os.path.abspath(entry or os.getcwd()) for entry in sys.path]
         kind, version = ray.remote(Worker).options(**options), code_version()
-        self._hire = lambda: _Bench(kind.remote(factory, os.getcwd(), paths, version))
+        self._hire = lambda: _Bench(kind.remote(factory, os.getcwd(), import_paths(), version))
         self._benches: list[_Bench] = []
         self._saved: dict[int | None, Any] = {None: None}  # by trained interval
         self._lost: dict[int, int] = {}
@@ -242,20 +241,17 @@ class _Crowd:
             score, state = self._ray.get(task)
         except (known.RayActorError, known.ObjectLostError, known.NodeDiedError) as error:
             if isinstance(error, known.ActorDiedError) and "creation task" in str(error):
-                raise CouldNotRun("a worker cannot begin on a node", found=_last(error)) from error
+                raise CouldNotRun("a worker cannot begin on a node", found=error_lines(error)[-1]) from error
             if bench in self._benches:
                 self._benches.remove(bench)  # with all it held: they begin elsewhere from their saved states
             self._lost[member] = self._lost.get(member, 0) + (not bench.given_up)
             if self._lost[member] > MOST_RETRIES:
-                raise CouldNotRun(f"member {member} was lost {self._lost[member]} times", found=_last(error)) from error
+                raise CouldNotRun(
+                    f"member {member} was lost {self._lost[member]} times", found=error_lines(error)[-1]
+                ) from error
             return None
         except known.RayTaskError as error:
-            raise CouldNotRun(f"member {member} failed", found=_last(error)) from error
+            raise CouldNotRun(f"member {member} failed", found=error_lines(error)[-1]) from error
         self._lost.pop(member, None)
         bench.answered = True
         return float(score), state
-
-
-def _last(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:500] if lines else type(error).__name__

@@ -188,7 +188,9 @@ class Ray:
         one.began = None
         text, key = json.dumps(one.job.to_json()), one.key
         with self._reached():
-            one.task = self._task.remote(text, self._work, self._version, os.getcwd(), _paths(), key, self._mailbox)
+            one.task = self._task.remote(
+                text, self._work, self._version, os.getcwd(), import_paths(), key, self._mailbox
+            )
             self._expect(key, one.task)
 
     def _expect(self, key: str, task: Any) -> None:
@@ -233,7 +235,7 @@ class Ray:
         cause = getattr(error, "cause", None) or error
         if isinstance(cause, ImportError) or "failed to import" in str(cause):
             raise CouldNotRun(
-                "a node cannot import nervure", expected=self._version, found=_lines(cause)[-1]
+                "a node cannot import nervure", expected=self._version, found=error_lines(cause)[-1]
             ) from error
         lost = (
             known.WorkerCrashedError,
@@ -242,7 +244,7 @@ class Ray:
             known.ObjectLostError,
             known.OutOfMemoryError,
         )
-        text = f"{type(error).__name__}: {_lines(error)[0]}"
+        text = f"{type(error).__name__}: {error_lines(error)[0]}"
         if not isinstance(error, lost):
             return self._without(one, Status.FAILED, text)
         one.lost.append(text)
@@ -310,7 +312,7 @@ def reached(ray: Any, *also: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (ray.exceptions.RayError, ConnectionError, *also) as error:
-        text = f"the Ray cluster cannot be reached: {_lines(error)[-1]}"
+        text = f"the Ray cluster cannot be reached: {error_lines(error)[-1]}"
         raise CouldNotRun(text, try_="ray status, on one of it") from error
 
 
@@ -370,11 +372,12 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host, port
 
 
-def _paths() -> list[str]:
+def import_paths() -> list[str]:
+    """Return where this process imports from, as a node can look for it."""
     return [os.path.abspath(entry or os.getcwd()) for entry in sys.path]
 
 
-def _lines(error: BaseException) -> list[str]:
+def error_lines(error: BaseException) -> list[str]:
     """Return what an error says, at least one line: Ray's begin with what happened, a traceback ends with it."""
     return [line.strip()[:500] for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
 

@@ -8,13 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from nervure.spec import Paper
 from nervure.store import schema
 from nervure.store.place import told, writing
-
-_CHUNK = 500
+from nervure.store.statements import CHUNK, chunks, insert, insert_new
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class Papers:
         with told(self._engine.url), writing(self._engine) as connection:
             for paper in papers:
                 row = asdict(paper) | {"first_seen": now}
-                insert = _insert(connection, schema.papers).values(row).returning(schema.papers.c.id)
+                insert = insert_new(connection, schema.papers).values(row).returning(schema.papers.c.id)
                 if connection.execute(insert).scalar() is not None:
                     new.append(paper.id)
                     continue
@@ -100,11 +98,10 @@ class Papers:
 
     def get(self, ids: Iterable[str]) -> dict[str, Paper]:
         """Return the papers of these ids that are stored, by id."""
-        wanted = list(dict.fromkeys(ids))
         found: dict[str, Paper] = {}
         with told(self._engine.url), self._engine.connect() as connection:
-            for start in range(0, len(wanted), _CHUNK):
-                query = sa.select(schema.papers).where(schema.papers.c.id.in_(wanted[start : start + _CHUNK]))
+            for chunk in chunks(ids):
+                query = sa.select(schema.papers).where(schema.papers.c.id.in_(chunk))
                 found.update((row.id, _paper(row)) for row in connection.execute(query))
         return found
 
@@ -139,7 +136,7 @@ class Papers:
             query = query.where(~sa.exists().where(mailed.paper_id == table.id, mailed.address == not_mailed_to))
         found: list[Paper] = []
         with told(self._engine.url), self._engine.connect() as connection:
-            for row in connection.execution_options(yield_per=_CHUNK).execute(query):
+            for row in connection.execution_options(yield_per=CHUNK).execute(query):
                 if limit is not None and len(found) >= limit:
                     break
                 if keep(paper := _paper(row)):
@@ -156,7 +153,7 @@ class Papers:
         with told(self._engine.url), writing(self._engine) as connection:
             for one in ids:
                 row = {"address": address, "paper_id": one, "mailed": stamp()}
-                connection.execute(_insert(connection, schema.mailings).values(row))
+                connection.execute(insert_new(connection, schema.mailings).values(row))
 
     def subscribe(self, query: str) -> bool:
         """Add a subscription.
@@ -169,7 +166,7 @@ class Papers:
         """
         column = schema.subscriptions.c.query
         with told(self._engine.url), writing(self._engine) as connection:
-            insert = _insert(connection, schema.subscriptions).values(query=query, since=stamp()).returning(column)
+            insert = insert_new(connection, schema.subscriptions).values(query=query, since=stamp()).returning(column)
             return connection.execute(insert).scalar() is not None
 
     def unsubscribe(self, query: str) -> bool:
@@ -207,8 +204,7 @@ class Papers:
         """
         values = asdict(state)
         with told(self._engine.url), writing(self._engine) as connection:
-            insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-            statement: Any = insert(schema.feeds).values(values)
+            statement = insert(connection, schema.feeds).values(values)
             connection.execute(statement.on_conflict_do_update(index_elements=["url"], set_=values))
 
 
@@ -226,8 +222,3 @@ def stamp(seconds_ago: float = 0.0) -> str:
 
 def _paper(row: Any) -> Paper:
     return Paper(**row._mapping)
-
-
-def _insert(connection: sa.Connection, table: sa.Table) -> Any:
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    return insert(table).on_conflict_do_nothing()

@@ -6,7 +6,7 @@ import datetime
 import json
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,10 @@ from nervure.spec import Status
 from nervure.store import leases, schema
 from nervure.store.place import told, writing
 from nervure.store.schema import measurements, records
+from nervure.store.statements import CHUNK, chunks
 
 OnProgress = Callable[[float, str], None]
 Kind = Literal["failed", "rehearsals", "curves", "leases"]
-_CHUNK = 500
 _DAY = 86400.0
 # What a row takes beside its texts: numbers, headers, entries in indexes.
 _RECORD_BYTES, _POINT_BYTES, _LEASE_BYTES = 150, 45, 200
@@ -102,7 +102,7 @@ def prune(
         before = _size(engine)
         total, done = sum(map(len, numbers.values())), 0
         for kind, found in numbers.items():
-            for chunk in _chunks(found):
+            for chunk in chunks(found):
                 _remove(engine, kind, chunk)
                 done += len(chunk)
                 progress(0.9 * done / max(1, total), f"removing {kind}")
@@ -132,7 +132,7 @@ def _find(
         spared = time.time() - _DAY if len(dead) < len(held) else math.inf
         quick, old = [], []
         bodies = sa.select(records.c.id, records.c.body).order_by(records.c.id)
-        for number, body in connection.execution_options(yield_per=_CHUNK).execute(bodies):
+        for number, body in connection.execution_options(yield_per=CHUNK).execute(bodies):
             if number in gone:
                 continue
             is_quick, started = _facts(body)
@@ -174,7 +174,7 @@ def _part(engine: sa.Engine, kind: Kind, numbers: Sequence[int]) -> Part:
     """Count what goes with these records, and estimate its size."""
     rows = points = size = 0
     with engine.connect() as connection:
-        for chunk in _chunks(numbers):
+        for chunk in chunks(numbers):
             count, length = connection.execute(_lengths(measurements, ("arm", "metric"), _points(kind, chunk))).one()
             points += count
             size += count * _POINT_BYTES + int(length)
@@ -229,7 +229,3 @@ def _size(engine: sa.Engine) -> int | None:
         return None
     files = [Path(f"{engine.url.database}{ending}") for ending in ("", "-wal")]
     return sum(file.stat().st_size for file in files if file.exists())
-
-
-def _chunks(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
-    return (numbers[start : start + _CHUNK] for start in range(0, len(numbers), _CHUNK))

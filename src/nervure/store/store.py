@@ -7,13 +7,12 @@ import math
 import threading
 import uuid
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 
 from nervure._kit import StoreError
 from nervure.spec import Job, Measurement, Record, Status
@@ -22,8 +21,8 @@ from nervure.store.papers import Papers
 from nervure.store.place import connect, default_path, shown, told, writing
 from nervure.store.schema import leases as lease_table
 from nervure.store.schema import measurements, records
+from nervure.store.statements import chunks, insert_new
 
-_CHUNK = 500
 # Any constant will do, other than that of the migrations: it names the lock under which records are appended.
 _WRITERS_LOCK = 7310295
 # What a damaged record raises when it is read.
@@ -141,7 +140,7 @@ class Store:
         """
         found: set[str] = set()
         with told(self._engine.url), self._engine.connect() as connection:
-            for chunk in _chunks(job_ids):
+            for chunk in chunks(job_ids):
                 query = sa.select(records.c.job_id).where(
                     records.c.job_id.in_(chunk), records.c.status == Status.DONE.value
                 )
@@ -164,7 +163,7 @@ class Store:
         query = sa.select(records).order_by(records.c.id)
         if target is not None:
             query = query.where(records.c.target == target)
-        queries = [query] if job_ids is None else [query.where(records.c.job_id.in_(c)) for c in _chunks(job_ids)]
+        queries = [query] if job_ids is None else [query.where(records.c.job_id.in_(c)) for c in chunks(job_ids)]
         with told(self._engine.url), self._engine.connect() as connection:
             rows = sorted((row for q in queries for row in connection.execute(q)), key=lambda row: row.id)
             if not history:
@@ -208,7 +207,7 @@ class Store:
                 connection.execute(lease_table.delete().where(*stale, lease_table.c.renewed == held.renewed))
             # Take it first and look for a done record after: one that was added in between is then seen.
             taken = connection.execute(
-                _insert(connection, lease_table).values(mine).returning(lease_table.c.job_id)
+                insert_new(connection, lease_table).values(mine).returning(lease_table.c.job_id)
             ).scalar()
             already = held is not None and held.owner == self._owner
             finished = sa.select(records.c.id).where(records.c.job_id == job_id, records.c.status == Status.DONE.value)
@@ -256,7 +255,7 @@ class Store:
         self.close()
 
     def _release(self, connection: sa.Connection, job_ids: Iterable[str]) -> None:
-        for chunk in _chunks(job_ids):
+        for chunk in chunks(job_ids):
             mine = (lease_table.c.owner == self._owner, lease_table.c.job_id.in_(chunk))
             connection.execute(lease_table.delete().where(*mine))
 
@@ -308,7 +307,7 @@ def append(connection: sa.Connection, row: Mapping[str, Any], points: Sequence[M
     if connection.dialect.name == "postgresql":
         # Writers take turns until they commit, as in SQLite: a smaller number never appears after a greater one.
         connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_WRITERS_LOCK)))
-    new = connection.execute(_insert(connection, records).values(row).returning(records.c.id)).scalar()
+    new = connection.execute(insert_new(connection, records).values(row).returning(records.c.id)).scalar()
     if new is not None and points:
         connection.execute(measurements.insert(), [{"record_id": new, **point} for point in points])
     return new
@@ -324,11 +323,6 @@ def _body(record: Record) -> str:
     return json.dumps({name: value[name] for name in ("job", "cost", "warnings", "error", "environment", "started")})
 
 
-def _insert(connection: sa.Connection, table: sa.Table) -> Any:
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    return insert(table).on_conflict_do_nothing()
-
-
 def _newest(rows: Sequence[Any]) -> list[Any]:
     kept: dict[str, Any] = {}
     for row in rows:
@@ -339,7 +333,7 @@ def _newest(rows: Sequence[Any]) -> list[Any]:
 
 def _points(connection: sa.Connection, record_ids: Sequence[int]) -> dict[int, list[Measurement]]:
     points: dict[int, list[Measurement]] = {}
-    for chunk in _chunks(record_ids):
+    for chunk in chunks(record_ids):
         query = measurements.select().where(measurements.c.record_id.in_(chunk)).order_by(*measurements.primary_key)
         for row in connection.execute(query):
             value = math.nan if row.value is None else row.value
@@ -347,9 +341,3 @@ def _points(connection: sa.Connection, record_ids: Sequence[int]) -> dict[int, l
                 Measurement(arm=row.arm, metric=row.metric, value=value, step=row.step)
             )
     return points
-
-
-def _chunks(values: Iterable[Any]) -> Iterator[list[Any]]:
-    """Cut a list of ids into pieces: a statement takes a limited number of variables."""
-    every = list(dict.fromkeys(values))
-    return (every[start : start + _CHUNK] for start in range(0, len(every), _CHUNK))
